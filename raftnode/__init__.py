@@ -1,0 +1,1 @@
+"""raftnode: a persistent, replicated key-value store."""

@@ -1,0 +1,171 @@
+"""Settings: every limit and every time of a node, with its unit and its reason, and the roles.
+
+Layer 0. A `Settings` value is immutable and made once, before anything runs; nothing reads the environment afterwards.
+"""
+
+from __future__ import annotations
+
+import enum
+import os
+from collections.abc import Mapping
+
+import msgspec
+
+from raftnode.errors import ConfigError
+
+DEFAULT_ADDRESS = "127.0.0.1:5001"
+DEFAULT_DATA_DIR = "data"
+DEFAULT_NAMESPACE = "default"
+DEFAULT_TIMEOUT_S = 5
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+class Role(enum.StrEnum):
+    """What a member is doing at this moment (thesis 3.3; the pre-candidate is thesis 9.6)."""
+
+    FOLLOWER = "follower"
+    PRE_CANDIDATE = "pre-candidate"
+    CANDIDATE = "candidate"
+    LEADER = "leader"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True):
+    """Every limit and time of one node. Times end in their unit; sizes are bytes, counts are counts.
+
+    Invariants are checked when the value is made: see `__post_init__`, which raises `ConfigError`.
+    """
+
+    # --- elections: environment names HB_TIME, LOW_TIMEOUT and HIGH_TIMEOUT override these three ---
+    heartbeat_ms: int = 100
+    """A leader speaks to every member at least this often."""
+    election_low_ms: int = 800
+    """The least time without a leader after which a follower campaigns; also the time for which a voter that
+    hears a leader refuses to help replace it, and within which a leader must hear from a majority."""
+    election_high_ms: int = 1600
+    """The most: each follower draws anew from [low, high] at every start of its timer."""
+
+    # --- requests ---
+    request_timeout_ms: int = DEFAULT_TIMEOUT_S * 1000
+    """How long a request may wait for its commit, its read round or a leader before it is answered with an error."""
+    stop_grace_ms: int = 1000
+    """How long a clean stop waits for what is under way to commit."""
+    mailbox_batches: int = 4096
+    """What may wait for the next cycle: each entry is what one read from one socket gave."""
+    waiting_requests: int = 20_000
+    """Client requests that wait for a commit, a read round or a leader; past that: `overloaded`."""
+    uncommitted_bytes: int = 64 * MIB
+    """Staged by this leader and not yet committed; past that: `overloaded` (etcd's MaxUncommittedEntriesSize)."""
+
+    # --- replication ---
+    batch_entries: int = 1024
+    """Most entries in one `data` message."""
+    batch_bytes: int = 1 * MIB
+    """A `data` message stops growing at this size; one larger entry goes alone."""
+    window_batches: int = 1
+    """`data` messages to one member that may be unanswered at a time. One is the group commit: what arrives
+    while a follower syncs goes with the next."""
+    kept_entries: int = 20_000
+    """Log entries kept in memory so that members which keep up are fed without reading the disk."""
+    kept_bytes: int = 32 * MIB
+    """The same as a size."""
+
+    # --- wire ---
+    frame_bytes: int = 8 * MIB
+    """The largest message from a client, and with that the largest value."""
+    json_depth: int = 128
+    """The deepest nesting of a value."""
+    connections: int = 10_000
+    """Open connections from clients; a further one is told `overloaded` and closed."""
+    pipeline_requests: int = 1000
+    """Requests of one connection that are not answered yet; past that the node stops reading from it."""
+    send_buffer_bytes: int = 1 * MIB
+    """Answers that a client has not taken yet; past that the node stops reading from it."""
+    idle_timeout_ms: int = 3_600_000
+    """A client connection with nothing under way is closed after this time of silence."""
+    stall_timeout_ms: int = 30_000
+    """A client that has begun a message and not finished it, or does not take its answers, is cut off after this."""
+    reconnect_ms: int = 100
+    """Pause between two tries to reach another member; grows to `reconnect_high_ms`."""
+    reconnect_high_ms: int = 1000
+
+    # --- store ---
+    map_bytes: int = 64 * GIB
+    """LMDB's map: an upper bound of the file, reserved as addresses only. Readers of the file must use at least it."""
+    reserve_bytes: int = 64 * MIB
+    """Below this much room (map or disk) a leader answers writes with `storage_full`; a follower takes entries
+    down to half of it."""
+    room_check_ms: int = 200
+    """How often room is looked at; it is looked at sooner when much has been written."""
+    flush_delay_ms: int = 50
+    """On a node with nothing to append, committed effects wait at most this long for their transaction. They are
+    durable as log entries before that."""
+    slow_sync_ms: int = 500
+    """A write transaction that takes longer is logged."""
+    reader_check_ms: int = 5000
+    """How often slots of dead readers are cleared (LMDB's file grows without end behind one)."""
+
+    def __post_init__(self) -> None:
+        for name in self.__struct_fields__:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}: it must be at least 1")
+        if not self.heartbeat_ms < self.election_low_ms <= self.election_high_ms:
+            raise ConfigError(
+                f"heartbeat {self.heartbeat_ms} ms, election timeout {self.election_low_ms}..{self.election_high_ms} ms: "
+                "the heartbeat (HB_TIME) must be shorter than LOW_TIMEOUT, and LOW_TIMEOUT at most HIGH_TIMEOUT"
+            )
+
+    @property
+    def peer_frame_bytes(self) -> int:
+        """The largest message between members: a full batch, or one entry made of the largest client message."""
+        return 2 * self.frame_bytes + self.batch_bytes
+
+
+ENVIRONMENT = {"HB_TIME": "heartbeat_ms", "LOW_TIMEOUT": "election_low_ms", "HIGH_TIMEOUT": "election_high_ms"}
+
+
+def from_environment(environ: Mapping[str, str] = os.environ, **overrides: int) -> Settings:
+    """Settings with the environment's times (milliseconds) over the defaults, and `overrides` over both.
+
+    LOW_TIMEOUT alone above the default high timeout raises the high one to twice it, and so the other way round.
+    Raises ConfigError for a name that is no setting or a value that is no positive whole number.
+    """
+    values: dict[str, int] = {}
+    for variable, name in ENVIRONMENT.items():
+        text = environ.get(variable, "").strip()
+        if text:
+            if not text.isdigit():
+                raise ConfigError(f"{variable} is {text!r}: it must be a whole number of milliseconds")
+            values[name] = int(text)
+    for name, value in overrides.items():
+        if name not in Settings.__struct_fields__:
+            raise ConfigError(f"no setting is called {name!r}; there are: {', '.join(Settings.__struct_fields__)}")
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"setting {name} is {value!r}: it must be a whole number")
+        values[name] = value
+    low, high = values.get("election_low_ms"), values.get("election_high_ms")
+    if low is not None and high is None:
+        values["election_high_ms"] = max(2 * low, 2)
+    if high is not None and low is None:
+        values["election_low_ms"] = max(high // 2, 1)
+    return Settings(**values)
+
+
+def parse_address(text: str) -> tuple[str, int]:
+    """`host:port` as (host, port); an IPv6 host stands in brackets. Raises ConfigError with what is wrong."""
+    host, colon, port = text.strip().rpartition(":")
+    if not colon or not host:
+        raise ConfigError(f"address {text!r}: expected host:port, for example {DEFAULT_ADDRESS}")
+    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"address {text!r}: the port must be a number from 1 to 65535")
+    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
+        raise ConfigError(f"address {text!r}: an IPv6 address goes in brackets, for example [::1]:{port}")
+    if any(c.isspace() or c in ',/"' for c in host):
+        raise ConfigError(f"address {text!r}: the host holds a character that no host name has")
+    return host.strip("[]"), int(port)
+
+
+def canonical_address(text: str) -> str:
+    """The one spelling of an address that members compare: lower-case host, no spaces, port without zeros in front."""
+    host, port = parse_address(text)
+    return f"[{host.lower()}]:{port}" if ":" in host else f"{host.lower()}:{port}"

@@ -1,0 +1,68 @@
+"""Who the members are, and what a majority of them has reached.
+
+A majority is counted over the members, never over who happens to answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+
+import msgspec
+from msgspec import Struct
+
+
+def cluster_id(addresses: Collection[str]) -> str:
+    """The id of the cluster founded by these members: nodes that were given other sets refuse each other by it."""
+    return hashlib.sha256(",".join(sorted(addresses)).encode()).hexdigest()[:16]
+
+
+class Membership(Struct, frozen=True, kw_only=True):
+    """The members as of one entry of the log. Keys are addresses, values node ids ("" until the node was met).
+
+    Invariants: there is at least one voter; nobody is both voter and learner.
+    """
+
+    commit_id: int = 0
+    """The entry that made it so; 0 for the founding set."""
+    voters: dict[str, str]
+    learners: dict[str, str] = {}
+
+    def __post_init__(self) -> None:
+        assert self.voters, "a cluster has at least one voter"
+        assert not self.voters.keys() & self.learners.keys(), "nobody is both voter and learner"
+
+    @classmethod
+    def founding(cls, addresses: Collection[str]) -> Membership:
+        """The first membership: the sorted set of the addresses that a node was started with."""
+        return cls(voters={address: "" for address in sorted(set(addresses))})
+
+    @property
+    def addresses(self) -> tuple[str, ...]:
+        """All members, sorted."""
+        return tuple(sorted((*self.voters, *self.learners)))
+
+    @property
+    def majority(self) -> int:
+        """How many voters make a majority."""
+        return len(self.voters) // 2 + 1
+
+    def node_of(self, address: str) -> str | None:
+        """The node id known for an address; "" while unknown, None when it is no member's."""
+        return self.voters.get(address, self.learners.get(address))
+
+    def bind(self, address: str, node: str) -> Membership:
+        """With the node id of a member written down. It is never overwritten: another id is another node."""
+        assert self.node_of(address) == "", f"{address} is bound to {self.node_of(address)}, not free for {node}"
+        if address in self.voters:
+            return msgspec.structs.replace(self, voters={**self.voters, address: node})
+        return msgspec.structs.replace(self, learners={**self.learners, address: node})
+
+    def is_majority(self, who: Collection[str]) -> bool:
+        """True when a majority of the voters is among `who`."""
+        return len(self.voters.keys() & set(who)) >= self.majority
+
+    def agreed(self, reached: Mapping[str, int]) -> int:
+        """The highest number that a majority of the voters has reached; one that is missing counts as 0."""
+        numbers = sorted((reached.get(voter, 0) for voter in self.voters), reverse=True)
+        return numbers[self.majority - 1]

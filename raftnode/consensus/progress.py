@@ -1,0 +1,85 @@
+"""What a leader knows of one other member, and whether it may send more (thesis 3.5, 10.2.1; etcd's Progress)."""
+
+from __future__ import annotations
+
+from collections import deque
+
+
+class Progress:
+    """Made anew at each election, so nothing of another term is ever counted.
+
+    Invariants: `match` never falls; `match < next`; while probing, at most one message is unanswered.
+    """
+
+    def __init__(self, next: int, now: float) -> None:
+        self.match = 0
+        """This member holds the leader's log up to here, durably."""
+        self.next = next
+        """The first entry to send."""
+        self.probing = True
+        """It is not known where the logs part: one message at a time."""
+        self.unanswered: deque[tuple[int, float]] = deque()
+        """(last commit_id, when sent) of each `data` message under way."""
+        self.heard_at = now
+        """When it last answered in this term. A new leader grants everyone one election timeout."""
+        self.round = 0
+        """The newest read round that it confirmed."""
+        self.told = 0
+        """The commit_id in the newest heartbeat to it."""
+        self._asked = 0
+        self._probe_due = True
+        self._held_back = False
+
+    def may_send(self, last: int, window: int) -> bool:
+        """True when there is something to send and room in the window of unanswered messages."""
+        if self._held_back:
+            return False
+        if self.probing:
+            return not self.unanswered and (self._probe_due or self.next <= last)
+        return self.next <= last and len(self.unanswered) < window
+
+    def sent(self, last: int, now: float) -> None:
+        """A message with the entries up to `last` is on its way (`last` is `next - 1` for an empty one)."""
+        assert last >= self.next - 1, f"sent up to {last}, but next is {self.next}"
+        self._asked = self.next - 1
+        self.next = last + 1
+        self.unanswered.append((last, now))
+        self._probe_due = False
+
+    def acknowledged(self, match: int) -> None:
+        """The member holds everything up to `match`: it says so of that very message (FACTS 1.8)."""
+        while self.unanswered and self.unanswered[0][0] <= match:
+            self.unanswered.popleft()
+        self.match = max(self.match, match)
+        self.next = max(self.next, self.match + 1)
+        self.probing = False
+        self._held_back = False
+
+    def is_stale(self, asked: int) -> bool:
+        """True for a refusal, of entries that follow position `asked`, that later news has overtaken."""
+        if self.probing:
+            return not self.unanswered or asked != self._asked
+        return asked <= self.match
+
+    def refused(self, found: int) -> None:
+        """The logs part; `found` is the newest position that may still match. Goes back, but not below `match`."""
+        self._probe_from(max(self.match, found) + 1)
+
+    def lost(self) -> None:
+        """What is under way may never be answered: find out again where the member stands."""
+        self._probe_from(self.match + 1)
+
+    def hold_back(self) -> None:
+        """The member can't take entries now, and asking again at once would not help: wait for the next heartbeat."""
+        self._probe_from(self.match + 1)
+        self._held_back = True
+
+    def release(self) -> None:
+        """A heartbeat later: ask again."""
+        self._held_back = False
+
+    def _probe_from(self, next: int) -> None:
+        self.unanswered.clear()
+        self.probing = True
+        self.next = next
+        self._probe_due = True

@@ -1,0 +1,544 @@
+"""The state machine that joins ballot, journal, progress, membership and read rounds: one member's side of Raft.
+
+One way in: `clock` and `tick` (time), `step` (a request of another member), `take` (its answer), `propose`, `read`. One
+way out: `ready`, which holds all that the driver has to do, in the order that `Ready` tells; then it says `written`.
+
+Time is a monotonic number of seconds, passed in. Members are addresses.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, field
+
+from msgspec import Raw
+
+from raftnode.config import Role, Settings
+from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.journal import Gap, HistoryDiffers, Journal
+from raftnode.consensus.membership import Membership
+from raftnode.consensus.progress import Progress
+from raftnode.consensus.reads import ReadRounds
+from raftnode.messages import (
+    GENESIS,
+    Data,
+    DataAnswer,
+    Entry,
+    Heartbeat,
+    HeartbeatAnswer,
+    Noop,
+    PeerAnswer,
+    PeerRequest,
+    Staged,
+    VoteAnswer,
+    VoteRequest,
+    encode_command,
+)
+
+Ticket = object
+"""Whatever the driver wants back with the answer to a request."""
+
+
+@dataclass(slots=True)
+class Ready:
+    """What one turn has to do. The order, kept by `Election.cycle`:
+
+    1. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
+    2. apply `committed`, which a majority holds durably;
+    3. one transaction: `ballot`, the cut and the entries of the journal, the effects;
+    4. send what step 1 held back, then `promises`: they say that something is on disk.
+    """
+
+    ballot: Ballot | None = None
+    """Set when it has changed: then nothing may be said before it is on disk (rule 1)."""
+    committed: list[Entry] = field(default_factory=list)
+    requests: list[tuple[str, PeerRequest]] = field(default_factory=list)
+    answers: list[tuple[Ticket, PeerAnswer]] = field(default_factory=list)
+    promises: list[tuple[Ticket, PeerAnswer]] = field(default_factory=list)
+    reads: list[object] = field(default_factory=list)
+    """Tokens of reads that may be answered once `committed` is applied."""
+    dropped_reads: list[object] = field(default_factory=list)
+    """Tokens of reads whose leader has stepped down."""
+
+
+class Raft:
+    """One member. Between two `ready` calls any number of inputs may come in.
+
+    Invariants: at most one leader a term; `commit_id` and the ballot's term never fall; `applied <= commit_id`;
+    `leader` is set only to who leads the ballot's term.
+    """
+
+    def __init__(
+        self,
+        me: str,
+        journal: Journal,
+        ballot: Ballot,
+        commit_id: int,
+        chance: random.Random,
+        settings: Settings,
+        now: float,
+    ) -> None:
+        """`commit_id` is what the store has applied; `now` is when this member starts (seconds, monotonic)."""
+        self.me = me
+        self.journal = journal
+        self.ballot = ballot
+        self.commit_id = commit_id
+        self.applied = commit_id
+        self.role = Role.FOLLOWER
+        self.leader: str | None = None
+        self.progress: dict[str, Progress] = {}
+        self.reads = ReadRounds()
+        self.uncommitted_bytes = 0
+        """Commands that this leader has staged in its term and not handed out as committed."""
+        self.complaint = ""
+        """Why entries of the leader were refused last, in words, for the log; "" while all is well."""
+        self._chance = chance
+        self._settings = settings
+        self._low = settings.election_low_ms / 1000
+        self._beat = settings.heartbeat_ms / 1000
+        self._now = now
+        self._wall_ms = 0
+        self._heard_leader_at = float("-inf")
+        self._matched = 0  # this log equals the current leader's up to here; known anew with each leader
+        self._votes: set[str] = set()
+        self._confirmed_reads: list[tuple[int, object]] = []  # wait only for their commit_id to be applied
+        self._first_own = 0  # commit_id of this leader's no-op
+        self._heartbeat_due = now
+        self._ballot_changed = False
+        self._out = Ready()
+        self._arm_election()
+        if not self._has_rivals():
+            self._election_due = now  # nobody to wait for: a cluster of one serves at once
+
+    # --- what others may look at ---
+
+    @property
+    def term(self) -> int:
+        return self.ballot.term
+
+    @property
+    def membership(self) -> Membership:
+        return self.journal.membership
+
+    @property
+    def is_leader(self) -> bool:
+        return self.role is Role.LEADER
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """The other members, learners too, sorted."""
+        return tuple(address for address in self.membership.addresses if address != self.me)
+
+    @property
+    def may_serve_reads(self) -> bool:
+        """True once this leader knows the cluster's commit_id: its own no-op has committed (FACTS 1.6)."""
+        return self.is_leader and self.commit_id >= self._first_own
+
+    def deadline(self) -> float:
+        """When `tick` should be called next at the latest."""
+        return self._heartbeat_due if self.is_leader else min(self._election_due, self._now + self._beat)
+
+    # --- time ---
+
+    def clock(self, now: float, wall_ms: int = 0) -> None:
+        """Time has come to `now`; said before anything else of a turn.
+
+        `wall_ms` is the wall clock that entries appended from here on carry, for people to read.
+        """
+        gap, self._now, self._wall_ms = now - self._now, max(now, self._now), wall_ms
+        if gap > self._low and self._has_rivals():
+            self._after_stall()
+
+    def tick(self) -> None:
+        """Campaign, send heartbeats or step down, whichever is due; said after the turn's messages were taken, so
+        that what a leader or a follower has sent in time also counts in time."""
+        if self.is_leader:
+            self._lead_on()
+        elif self._now >= self._election_due:
+            self.campaign()
+
+    def suspect(self, peer: str) -> None:
+        """The connection from `peer` was cut, as a crash does. If it led, campaign soon: pre-vote makes that safe,
+        as the others refuse while they still hear it."""
+        if self.leader == peer and self.role is Role.FOLLOWER:
+            self._heard_leader_at = float("-inf")
+            self._election_due = min(self._election_due, self._now + self._chance.uniform(0, self._beat))
+
+    def _has_rivals(self) -> bool:
+        return self.membership.voters.keys() != {self.me}
+
+    def _after_stall(self) -> None:
+        """This node did not run for an election timeout (FACTS 1.18, 1.19): others may have moved on. Take no
+        decision from old timers; a leader gives up rather than go on as if nothing had happened."""
+        if self.is_leader:
+            self._become_follower(self.term, None)
+        else:
+            self._arm_election()
+
+    def _lead_on(self) -> None:
+        if not self._hears_majority():
+            self._become_follower(self.term, None)
+        elif self._now >= self._heartbeat_due:
+            for progress in self.progress.values():
+                progress.release()
+                if progress.unanswered and self._now - progress.unanswered[0][1] > self._low:
+                    progress.lost()
+            self.reads.start()
+            self._send_heartbeats()
+
+    def _hears_majority(self) -> bool:
+        """Check-quorum (thesis 6.2): a majority answered within the least election timeout."""
+        heard = {peer for peer, progress in self.progress.items() if self._now - progress.heard_at <= self._low}
+        return self.membership.is_majority({self.me, *heard})
+
+    def _hears_leader(self) -> bool:
+        """This voter has a leader and should not help to replace it (thesis 4.2.3)."""
+        return self.is_leader or (self.leader is not None and self._now - self._heard_leader_at < self._low)
+
+    def _arm_election(self) -> None:
+        """A new random time-out, at every start of the timer (thesis 3.4)."""
+        low, high = self._settings.election_low_ms, self._settings.election_high_ms
+        self._election_due = self._now + self._chance.uniform(low, high) / 1000
+
+    # --- campaigns ---
+
+    def campaign(self) -> None:
+        """Ask for a pre-vote; with a majority of those, for votes (thesis 9.6). A learner never campaigns."""
+        self._arm_election()
+        if self.me not in self.membership.voters:
+            return
+        self._set_role(Role.PRE_CANDIDATE)
+        self.leader = None
+        self._votes = {self.me}
+        self._ask_for_votes(self.term + 1, pre_vote=True)
+
+    def _become_candidate(self) -> None:
+        self._set_ballot(self.ballot.in_term(self.term + 1).vote(self.me))
+        self._set_role(Role.CANDIDATE)
+        self._votes = {self.me}
+        self._arm_election()
+        self._ask_for_votes(self.term, pre_vote=False)
+
+    def _ask_for_votes(self, term: int, pre_vote: bool) -> None:
+        for voter in sorted(self.membership.voters):
+            if voter != self.me:
+                self.send_vote_request(voter, term, pre_vote)
+        self._count_votes()
+
+    def send_vote_request(self, voter: str, term: int, pre_vote: bool) -> None:
+        """One vote request to one voter."""
+        last = self.journal.last.id
+        staged = Staged(address=self.me, term=last.term, commit_id=last.commit_id)
+        self._send(voter, VoteRequest(term=term, commit_id=self.commit_id, staged=staged, pre_vote=pre_vote))
+
+    def _count_votes(self) -> None:
+        if self.membership.is_majority(self._votes):
+            if self.role is Role.PRE_CANDIDATE:
+                self._become_candidate()
+            elif self.role is Role.CANDIDATE:
+                self._become_leader()
+
+    # --- roles ---
+
+    def _set_role(self, role: Role) -> None:
+        if self.is_leader and role is not Role.LEADER:
+            self.progress = {}
+            self._out.dropped_reads += [*self.reads.drop(), *(token for _, token in self._confirmed_reads)]
+            self._confirmed_reads = []
+            self.uncommitted_bytes = 0
+        self.role = role
+
+    def _set_ballot(self, ballot: Ballot) -> None:
+        self.ballot = ballot
+        self._ballot_changed = True
+
+    def _become_follower(self, term: int, leader: str | None) -> None:
+        """Follow in `term`. The election timer goes on: only a leader's message or a granted vote starts it anew."""
+        led = self.is_leader
+        if term > self.term:
+            self._set_ballot(self.ballot.in_term(term))
+        if leader is None or leader != self.leader:
+            self._matched = 0
+        self._set_role(Role.FOLLOWER)
+        self.leader = leader
+        if led:
+            self._arm_election()
+
+    def _become_leader(self) -> None:
+        """Lead: a no-op of the new term goes first, as only entries of one's own term commit by counting."""
+        self._set_role(Role.LEADER)
+        self.leader = self.me
+        self._heartbeat_due = self._now
+        self.uncommitted_bytes = 0
+        self.progress = {peer: Progress(self.journal.last.id.commit_id + 1, self._now) for peer in self.others}
+        self._first_own = self.journal.last.id.commit_id + 1
+        self._append(encode_command(Noop()))
+
+    # --- commands and reads of clients (leader only) ---
+
+    def propose(self, command: Raw) -> int:
+        """Append a command in this leader's term; returns its commit_id."""
+        assert self.is_leader, "only a leader appends, in its own term (FACTS 1.10)"
+        return self._append(command)
+
+    def _append(self, command: Raw) -> int:
+        entry = self.journal.append(self.term, self._wall_ms, command)
+        self.uncommitted_bytes += entry.size
+        return entry.commit_id
+
+    def read(self, token: object) -> None:
+        """A linearizable read arrives (rule 7). Its token comes back in `Ready.reads`, or in `dropped_reads`."""
+        assert self.may_serve_reads, "no reads before the leader's own no-op has committed"
+        self.reads.add(token, self.commit_id)
+
+    # --- requests of other members ---
+
+    def step(self, ticket: Ticket, message: PeerRequest) -> None:
+        """Take a request of another member; its answer comes in `ready` with the ticket."""
+        match message:
+            case Data():
+                self._on_data(ticket, message)
+            case Heartbeat():
+                self._on_heartbeat(ticket, message)
+            case VoteRequest():
+                self._on_vote_request(ticket, message)
+
+    def _on_vote_request(self, ticket: Ticket, message: VoteRequest) -> None:
+        granted = self._grants_pre_vote(message) if message.pre_vote else self._grants_vote(message)
+        term = message.term if granted else self.term
+        self._out.answers.append((ticket, VoteAnswer(data=granted, term=term, pre_vote=message.pre_vote)))
+
+    def _grants_pre_vote(self, message: VoteRequest) -> bool:
+        """Would this node vote so? Promises nothing and changes nothing (thesis 9.6)."""
+        return message.term > self.term and not self._hears_leader() and self._is_up_to_date(message)
+
+    def _grants_vote(self, message: VoteRequest) -> bool:
+        """One vote a term, for a candidate whose log is at least as up to date (thesis 3.4, 3.6.1). A granted vote
+        starts the voter's timer anew; a refused one does not."""
+        if message.term < self.term:
+            return False
+        if message.term > self.term:
+            if self._hears_leader():
+                return False
+            self._become_follower(message.term, None)
+        candidate = message.staged.address
+        if (
+            self.leader not in (None, candidate)
+            or not self.ballot.may_vote_for(candidate)
+            or not self._is_up_to_date(message)
+        ):
+            return False
+        self._set_role(Role.FOLLOWER)
+        if self.ballot.voted_for is None:
+            self._set_ballot(self.ballot.vote(candidate))
+        self._arm_election()
+        return True
+
+    def _is_up_to_date(self, message: VoteRequest) -> bool:
+        return message.staged.last >= self.journal.last.id
+
+    def _on_heartbeat(self, ticket: Ticket, message: Heartbeat) -> None:
+        """The leader lives. Commits only up to what is known to match this leader's log (rule 6)."""
+        if self._follow(message.term, message.leader):
+            self._commit_to(min(message.commit_id, self._matched))
+        answer = HeartbeatAnswer(term=self.term, commit_id=self.commit_id, round=message.round)
+        self._out.answers.append((ticket, answer))
+
+    def _on_data(self, ticket: Ticket, message: Data) -> None:
+        """Stage the leader's entries (thesis 3.5); the answer promises that they are on disk."""
+        if not self._follow(message.term, message.leader):
+            self._refuse(ticket, message, "stale_term")
+            return
+        try:
+            match = self.journal.accept(message.previous, message.entries, self.commit_id)
+        except Gap:
+            self._refuse(ticket, message, "gap")
+            return
+        except HistoryDiffers as difference:
+            self.complaint = str(difference)
+            self._refuse(ticket, message, "checksum")
+            return
+        self._matched = max(self._matched, match)
+        self._commit_to(min(message.commit_id, match))
+        answer = DataAnswer(data=True, term=self.term, commit_id=self.commit_id, match=match)
+        self._out.promises.append((ticket, answer))
+
+    def refuse_for_space(self, ticket: Ticket, message: Data) -> None:
+        """The driver has no room for these entries: the leader is heard, its entries are not taken."""
+        if self._follow(message.term, message.leader):
+            self._refuse(ticket, message, "storage_full")
+        else:
+            self._refuse(ticket, message, "stale_term")
+
+    def _refuse(self, ticket: Ticket, message: Data, reason: str) -> None:
+        hint = GENESIS
+        if reason == "gap":
+            hint = self.journal.hint(message.previous.commit_id, message.previous.term, self.commit_id)
+        answer = DataAnswer(
+            data=False,
+            term=self.term,
+            commit_id=self.commit_id,
+            asked=message.previous.commit_id,
+            last=hint,
+            reason=reason,
+        )
+        self._out.answers.append((ticket, answer))
+
+    def _follow(self, term: int, leader: str) -> bool:
+        """True when the message comes from the leader of this node's term, after a term change if need be."""
+        if term < self.term:
+            return False
+        if term > self.term or self.role is not Role.FOLLOWER or self.leader is None:
+            assert not (term == self.term and self.is_leader), f"two leaders in term {term}: {self.me} and {leader}"
+            self._become_follower(term, leader)
+        assert self.leader == leader, f"two leaders in term {term}: {self.leader} and {leader}"
+        self._heard_leader_at = self._now
+        self._arm_election()
+        return True
+
+    def _commit_to(self, commit_id: int) -> None:
+        assert commit_id <= self.journal.last.id.commit_id, "nothing commits that is not in the log"
+        self.commit_id = max(self.commit_id, commit_id)
+
+    # --- answers of other members ---
+
+    def take(self, peer: str, answer: PeerAnswer) -> None:
+        """Take the answer of `peer` to a request of ours. Late ones and those of other terms change nothing."""
+        granted_pre_vote = isinstance(answer, VoteAnswer) and answer.pre_vote and answer.data
+        if answer.term > self.term and not granted_pre_vote:
+            self._become_follower(answer.term, None)
+            return
+        match answer:
+            case VoteAnswer():
+                self._on_vote(peer, answer)
+            case HeartbeatAnswer() if self.is_leader and answer.term == self.term:
+                self._on_heartbeat_answer(peer, answer)
+            case DataAnswer() if self.is_leader and answer.term == self.term:
+                self._on_data_answer(peer, answer)
+
+    def _on_vote(self, peer: str, answer: VoteAnswer) -> None:
+        wanted = Role.PRE_CANDIDATE if answer.pre_vote else Role.CANDIDATE
+        term = self.term + 1 if answer.pre_vote else self.term
+        if answer.data and self.role is wanted and answer.term == term:
+            self._votes.add(peer)
+            self._count_votes()
+
+    def _on_heartbeat_answer(self, peer: str, answer: HeartbeatAnswer) -> None:
+        progress = self.progress.get(peer)
+        if progress is None:
+            return
+        progress.heard_at = self._now
+        progress.round = max(progress.round, answer.round)
+        if not progress.unanswered and answer.commit_id < min(progress.told, progress.match):
+            progress.lost()  # it was restarted and does not know any more that it matches
+        rounds = {voter: other.round for voter, other in self.progress.items()}
+        self._finish_reads(self.membership.agreed({**rounds, self.me: self.reads.number}))
+
+    def _finish_reads(self, round: int) -> None:
+        self._confirmed_reads.extend(self.reads.confirm(round))
+
+    def _on_data_answer(self, peer: str, answer: DataAnswer) -> None:
+        progress = self.progress.get(peer)
+        if progress is None:
+            return
+        progress.heard_at = self._now
+        if answer.data:
+            assert answer.match <= self.journal.last.id.commit_id, f"{peer} matches what was never sent"
+            progress.acknowledged(answer.match)
+            self._count_copies()
+        elif progress.is_stale(answer.asked):
+            return
+        elif answer.reason == "gap":
+            progress.refused(self.journal.find(answer.last, at_least=max(answer.commit_id, progress.match)))
+        else:
+            self.complaint = f"{peer} takes no entries: {answer.reason}"
+            progress.hold_back()
+
+    def _count_copies(self) -> None:
+        """Commit what a majority holds durably, if it is of this term; older entries commit with it (thesis 3.6.2).
+
+        This node counts only what it has written itself (thesis 10.2.1).
+        """
+        matches = {peer: progress.match for peer, progress in self.progress.items()}
+        agreed = self.membership.agreed({**matches, self.me: self.journal.written})
+        if agreed > self.commit_id and self.journal.term_at(agreed) == self.term:
+            self._commit_to(agreed)
+
+    def unreachable(self, peer: str) -> None:
+        """The link to `peer` was cut: what was under way may be lost."""
+        if (progress := self.progress.get(peer)) is not None:
+            progress.lost()
+
+    # --- the way out ---
+
+    def ready(self) -> Ready:
+        """Everything that has become due since the last call, for the driver to do in the order of `Ready`."""
+        if self.is_leader:
+            self._replicate()
+        out, self._out = self._out, Ready()
+        if self._ballot_changed:
+            out.ballot, self._ballot_changed = self.ballot, False
+        out.committed = self._hand_out_committed()
+        out.reads = [token for commit_id, token in self._confirmed_reads if commit_id <= self.applied]
+        self._confirmed_reads = [read for read in self._confirmed_reads if read[0] > self.applied]
+        return out
+
+    def written(self) -> None:
+        """The transaction of the last `ready` is on disk; now this node counts its own copy."""
+        self.journal.mark_written()
+        if self.is_leader:
+            self._count_copies()
+
+    def forget_old_entries(self) -> None:
+        """Keep the part of the log that is in memory within its limits."""
+        self.journal.forget(self.applied, self._settings.kept_entries, self._settings.kept_bytes)
+
+    def _confirm_alone(self) -> None:
+        """The only voter is its own majority."""
+        self.reads.start()
+        self._finish_reads(self.reads.number)
+
+    def _replicate(self) -> None:
+        """Send every member the entries that it lacks, as far as its window lets, and start a read round if due."""
+        last = self.journal.last.id.commit_id
+        for peer in self.others:
+            progress = self.progress[peer]
+            while progress.may_send(last, self._settings.window_batches):
+                self._send_entries(peer, progress, last)
+        if not self._has_rivals():
+            self._confirm_alone()
+        elif self.reads.start():
+            self._send_heartbeats()
+
+    def _send_entries(self, peer: str, progress: Progress, last: int) -> None:
+        first = progress.next
+        entries: list[Entry] = []
+        if first <= last:
+            last = min(last, first + self._settings.batch_entries - 1)
+            entries = self.journal.entries(first, last, self._settings.batch_bytes)
+        previous = self.journal.id_at(first - 1)
+        action = "log" if entries else "commit"
+        progress.sent(first + len(entries) - 1, self._now)
+        message = Data(
+            action=action, term=self.term, leader=self.me, previous=previous, entries=entries, commit_id=self.commit_id
+        )
+        self._send(peer, message)
+
+    def _send_heartbeats(self) -> None:
+        self._heartbeat_due = self._now + self._beat
+        for peer in self.others:
+            self.progress[peer].told = self.commit_id
+            beat = Heartbeat(term=self.term, leader=self.me, commit_id=self.commit_id, round=self.reads.number)
+            self._send(peer, beat)
+
+    def _hand_out_committed(self) -> list[Entry]:
+        if self.applied == self.commit_id:
+            return []
+        entries = self.journal.entries(self.applied + 1, self.commit_id, self._settings.batch_bytes)
+        self.applied += len(entries)
+        if self.is_leader:
+            self.uncommitted_bytes -= sum(entry.size for entry in entries if entry.commit_id >= self._first_own)
+        return entries
+
+    def _send(self, peer: str, message: PeerRequest) -> None:
+        self._out.requests.append((peer, message))

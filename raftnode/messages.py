@@ -1,0 +1,619 @@
+"""The schema: what goes over the wire and into the log, the limits of both, and the codec. Layer 0.
+
+One JSON object a message, UTF-8, ended by a newline (`framing` cuts the stream). `decode_request` and `decode_answer`
+return a valid typed message or raise one ProtocolError, nothing between. Fields that a message does not know are
+ignored, so that newer clients can speak to older nodes.
+
+Three families:
+
+* requests of clients: `put get delete peers status ping add_peer remove_peer`;
+* requests of members to each other: `hello` first, then `vote_request heartbeat data`;
+* answers, which carry the `type` of their request. A failure has `"data": false` (null for a read) and an
+  `error` with one of `CODES`.
+
+A *command* is what an entry of the log makes every node do; its JSON is stored and sent as it is, never re-encoded,
+so its bytes and with them the rolling checksum are the same on every node.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+import zlib
+from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
+
+import msgspec
+from msgspec import UNSET, Raw, Struct, UnsetType
+
+from raftnode.config import DEFAULT_NAMESPACE, Settings
+from raftnode.errors import ProtocolError
+
+PROTOCOL_VERSION: Final = 1
+"""Raised when members of different versions could misunderstand each other."""
+
+LMDB_KEY_BYTES: Final = 511
+NAMESPACE_CHARACTERS: Final = 64
+
+CODES: Final = {
+    # not executed, and useless to repeat
+    "bad_request": "not JSON, not an object, or a field is missing or of the wrong type",
+    "unknown_type": "no message has this type",
+    "too_large": "the message is longer than a node takes",
+    "key_too_long": "namespace and key together are longer than the store takes",
+    "unsupported": "this version does not offer it",
+    # not executed; may work later, or elsewhere
+    "no_leader": "no leader is known, or it could not be reached or confirmed in time",
+    "overloaded": "a limit of the node is reached",
+    "storage_full": "disk or map have no room left for writes",
+    "shutting_down": "the node is stopping",
+    # open
+    "not_committed": "appended, but not known to be committed: it may still happen",
+    # the node's own trouble
+    "damaged": "a stored record does not match its checksum",
+    "internal": "a defect of the node; its log tells more",
+    # between members
+    "wrong_cluster": "the other node belongs to another cluster",
+    "wrong_node": "the address is known with another node id",
+    "wrong_protocol": "the other node speaks another version",
+    "not_member": "the address is not in the membership",
+}
+"""Every code that an answer can carry. The words are a published interface."""
+
+Id: TypeAlias = int | str | UnsetType
+Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""A term, a commit_id, a time or a size: what fits the store's 8 bytes."""
+Crc: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+
+
+class EntryId(Struct, frozen=True, order=True):
+    """Where an entry stands and who put it there: ordered by term, then position, so that "at least as up to
+    date" (thesis 3.6.1) is a plain `>=`.
+
+    Two logs that hold the same EntryId hold the same entries up to it (Log Matching, thesis 3.5).
+    """
+
+    term: Count
+    commit_id: Count
+
+
+GENESIS: Final = EntryId(0, 0)
+"""The id before the first entry."""
+
+
+class Entry(Struct, frozen=True):
+    """One entry of the log, as members send it. `checksum` is rolling: `chain(previous.checksum, ...)`."""
+
+    term: Count
+    commit_id: Count
+    time: Count
+    """The leader's wall clock when it appended the entry, in ms since 1970. Told to people, used by no rule."""
+    checksum: Crc
+    command: Raw
+
+    @property
+    def id(self) -> EntryId:
+        return EntryId(self.term, self.commit_id)
+
+    @property
+    def size(self) -> int:
+        """Bytes of the command."""
+        return len(memoryview(self.command))
+
+
+_chained = struct.Struct(">QQQ").pack
+
+
+def chain(previous: int, term: int, commit_id: int, time: int, command: bytes | Raw) -> int:
+    """The rolling CRC-32 of an entry, seeded with the checksum of the entry before it.
+
+    Equal checksums at one commit_id on two nodes mean equal histories up to there.
+    """
+    return zlib.crc32(command, zlib.crc32(_chained(term, commit_id, time), previous))
+
+
+# --- commands: what the log holds -----------------------------------------------------------------------------
+
+
+class Command(Struct, tag_field="kind", omit_defaults=True):
+    """What an entry makes every node do. Applied in the order of the log, with nothing but the log as input."""
+
+
+class Noop(Command, tag="noop"):
+    """A new leader's first entry: commits what older terms left (thesis 3.6.2, 6.4)."""
+
+
+class PutCommand(Command, tag="put"):
+    namespace: str
+    key: str
+    value: Raw
+    client: str = ""
+    """Who asked: the name that the client gave, else its address."""
+
+
+class DeleteCommand(Command, tag="delete"):
+    namespace: str
+    key: str
+    client: str = ""
+
+
+class MembersCommand(Command, tag="members"):
+    """A membership, in force from the moment it is appended (thesis 4.1). Values are node ids, "" while unknown."""
+
+    voters: dict[str, str]
+    learners: dict[str, str] = {}
+
+
+AnyCommand: TypeAlias = Noop | PutCommand | DeleteCommand | MembersCommand
+
+_decode_command = msgspec.json.Decoder(AnyCommand).decode
+_encode = msgspec.json.Encoder().encode
+
+
+def decode_command(command: bytes | Raw) -> AnyCommand:
+    """The command of an entry. Raises ProtocolError: an entry that no version of ours wrote."""
+    try:
+        return _decode_command(command)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("bad_request", f"log entry that this version does not understand: {error}") from error
+
+
+def encode_command(command: AnyCommand) -> Raw:
+    """The one JSON form of a command."""
+    return Raw(_encode(command))
+
+
+# --- requests of clients --------------------------------------------------------------------------------------
+
+
+class Request(Struct, tag_field="type", omit_defaults=True, kw_only=True):
+    """Any message that asks for an answer. With an `id`, requests of one connection may overlap."""
+
+    name: ClassVar[str]
+    id: Id = UNSET
+
+
+class ClientRequest(Request, kw_only=True):
+    forwarded: bool = False
+    """Passed on by a member that is not the leader: whoever gets it answers, and never passes it on again."""
+    client: str = ""
+
+
+class Put(ClientRequest, tag="put", kw_only=True):
+    name: ClassVar[str] = "put"
+    key: str
+    value: Raw
+    namespace: str = DEFAULT_NAMESPACE
+
+
+class Delete(ClientRequest, tag="delete", kw_only=True):
+    name: ClassVar[str] = "delete"
+    key: str
+    namespace: str = DEFAULT_NAMESPACE
+
+
+class Get(ClientRequest, tag="get", kw_only=True):
+    name: ClassVar[str] = "get"
+    key: str
+    namespace: str = DEFAULT_NAMESPACE
+    consistency: Literal["linearizable", "local"] = "linearizable"
+
+
+class Peers(Request, tag="peers", kw_only=True):
+    name: ClassVar[str] = "peers"
+
+
+class Status(Request, tag="status", kw_only=True):
+    name: ClassVar[str] = "status"
+
+
+class Ping(Request, tag="ping", kw_only=True):
+    name: ClassVar[str] = "ping"
+
+
+class AddPeer(Request, tag="add_peer", kw_only=True):
+    name: ClassVar[str] = "add_peer"
+    address: str
+
+
+class RemovePeer(Request, tag="remove_peer", kw_only=True):
+    name: ClassVar[str] = "remove_peer"
+    address: str
+
+
+# --- requests of members --------------------------------------------------------------------------------------
+
+
+class Hello(Request, tag="hello", kw_only=True):
+    """The first message of every link between members (DESIGN 5, rule 9)."""
+
+    name: ClassVar[str] = "hello"
+    cluster: str
+    node: str
+    address: str
+    protocol: Count = PROTOCOL_VERSION
+
+
+class Staged(Struct, kw_only=True):
+    """Who asks for a vote, and its newest log entry, staged or committed."""
+
+    address: str
+    term: Count
+    commit_id: Count
+
+    @property
+    def last(self) -> EntryId:
+        return EntryId(self.term, self.commit_id)
+
+
+class VoteRequest(Request, tag="vote_request", kw_only=True):
+    name: ClassVar[str] = "vote_request"
+    term: Count
+    commit_id: Count
+    """What the candidate knows as committed. For people: the rule looks at `staged` alone."""
+    staged: Staged
+    pre_vote: bool = False
+
+
+class Heartbeat(Request, tag="heartbeat", kw_only=True):
+    name: ClassVar[str] = "heartbeat"
+    term: Count
+    leader: str
+    commit_id: Count
+    round: Count = 0
+    """The leader's read round (rule 7): an answer with this number came after the round began."""
+
+
+class Data(Request, tag="data", kw_only=True):
+    """`log`: stage these entries after `previous`. `commit`: everything up to `commit_id` is committed."""
+
+    name: ClassVar[str] = "data"
+    action: Literal["log", "commit"]
+    term: Count
+    leader: str
+    previous: EntryId
+    entries: list[Entry] = []
+    commit_id: Count = 0
+
+
+PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data
+AnyRequest: TypeAlias = (
+    Put | Get | Delete | Peers | Status | Ping | AddPeer | RemovePeer | Hello | VoteRequest | Heartbeat | Data
+)
+REQUEST_TYPES: Final = tuple(t.name for t in (Put, Get, Delete, Peers, Status, Ping, AddPeer, RemovePeer))
+PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data))
+
+
+# --- answers --------------------------------------------------------------------------------------------------
+
+
+class ErrorDetail(Struct):
+    code: str
+    message: str
+
+
+class Answer(Struct, tag_field="type", kw_only=True):
+    """`id` and `error` are there only when the request had an id, or failed."""
+
+    id: Id = UNSET
+    error: ErrorDetail | UnsetType = UNSET
+
+
+class WriteAnswer(Answer, kw_only=True):
+    data: bool
+    commit_id: int | UnsetType = UNSET
+    version: int | UnsetType = UNSET
+    """Puts since the key was last created; 1 for the first. A delete has none."""
+    replaced: int | None | UnsetType = UNSET
+    """commit_id of the value before, None when there was none."""
+
+
+class PutAnswer(WriteAnswer, tag="put", kw_only=True):
+    pass
+
+
+class DeleteAnswer(WriteAnswer, tag="delete", kw_only=True):
+    pass
+
+
+class Found(Struct, kw_only=True):
+    """What a read found. A key that is not there has `value` null and `version` 0."""
+
+    key: str
+    namespace: str
+    value: Raw = Raw(b"null")
+    created: int | None = None
+    modified: int | None = None
+    version: int = 0
+
+
+class GetAnswer(Answer, tag="get", kw_only=True):
+    data: Found | None = None
+    commit_id: int | UnsetType = UNSET
+    """The state that was read includes everything up to here, and nothing later."""
+    consistency: str | UnsetType = UNSET
+    """There when the read was only local."""
+
+
+class PeersAnswer(Answer, tag="peers", kw_only=True):
+    data: bool = True
+    peers: list[str] = []
+    leader: str | None = None
+    live: list[str] = []
+    """Members that answer this node now. Says nothing of the membership."""
+
+
+class StatusAnswer(Answer, tag="status", kw_only=True):
+    data: dict[str, Any] | None = None
+
+
+class PingAnswer(Answer, tag="ping", kw_only=True):
+    data: bool = True
+    node: str = ""
+
+
+class AddPeerAnswer(Answer, tag="add_peer", kw_only=True):
+    data: bool
+
+
+class RemovePeerAnswer(Answer, tag="remove_peer", kw_only=True):
+    data: bool
+
+
+class HelloAnswer(Answer, tag="hello", kw_only=True):
+    data: bool = True
+    cluster: str = ""
+    node: str = ""
+    address: str = ""
+
+
+class VoteAnswer(Answer, tag="vote_request", kw_only=True):
+    data: bool
+    """True: granted."""
+    term: Count
+    """A granted pre-vote carries the term that was asked for, all else the voter's own (FACTS 1.13)."""
+    pre_vote: bool = False
+
+
+class HeartbeatAnswer(Answer, tag="heartbeat", kw_only=True):
+    data: bool = True
+    term: Count
+    commit_id: Count
+    round: Count = 0
+
+
+class DataAnswer(Answer, tag="data", kw_only=True):
+    """True: this log holds the leader's entries up to `match`, durably. False: see `reason` and the hint."""
+
+    data: bool
+    term: Count
+    commit_id: Count = 0
+    match: Count = 0
+    asked: Count = 0
+    """On a refusal: the position before the refused entries."""
+    last: EntryId = GENESIS
+    """On a refusal: the newest entry at or before `asked` whose term could still match. A hint only (FACTS 1.12)."""
+    reason: Literal["", "gap", "stale_term", "checksum", "storage_full"] = ""
+
+
+class Refusal(Answer, tag="error", kw_only=True):
+    """The answer to a message whose type could not be made out."""
+
+    data: bool = False
+
+
+PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer
+AnyAnswer: TypeAlias = (
+    PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | AddPeerAnswer | RemovePeerAnswer
+    | HelloAnswer | VoteAnswer | HeartbeatAnswer | DataAnswer | Refusal
+)  # fmt: skip
+
+
+def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
+    """The answer of type `kind` that says a request failed. A kind that is none of ours becomes "error"."""
+    assert code in CODES, f"{code} is no published code"
+    error = ErrorDetail(code, message)
+    match kind:
+        case "put":
+            return PutAnswer(data=False, error=error, id=id)
+        case "delete":
+            return DeleteAnswer(data=False, error=error, id=id)
+        case "get":
+            return GetAnswer(data=None, error=error, id=id)
+        case "status":
+            return StatusAnswer(data=None, error=error, id=id)
+        case "peers":
+            return PeersAnswer(data=False, error=error, id=id)
+        case "ping":
+            return PingAnswer(data=False, error=error, id=id)
+        case "add_peer":
+            return AddPeerAnswer(data=False, error=error, id=id)
+        case "remove_peer":
+            return RemovePeerAnswer(data=False, error=error, id=id)
+        case "hello":
+            return HelloAnswer(data=False, error=error, id=id)
+        case "vote_request":
+            return VoteAnswer(data=False, term=0, error=error, id=id)
+        case "heartbeat":
+            return HeartbeatAnswer(data=False, term=0, commit_id=0, error=error, id=id)
+        case "data":
+            return DataAnswer(data=False, term=0, error=error, id=id)
+        case _:
+            return Refusal(error=error, id=id)
+
+
+# --- the codec ------------------------------------------------------------------------------------------------
+
+_decode_request = msgspec.json.Decoder(AnyRequest).decode
+_decode_answer = msgspec.json.Decoder(AnyAnswer).decode
+_decode_any = msgspec.json.Decoder().decode
+_LONG_NUMBER = re.compile(rb"[0-9]{309}")
+
+
+class Malformed(ProtocolError):
+    """A message that can't be taken, with what could be made out of it: so its answer finds its way."""
+
+    def __init__(self, code: str, message: str, kind: str = "error", id: Id = UNSET) -> None:
+        super().__init__(code, message)
+        self.kind = kind
+        self.id = id
+
+    def answer(self) -> Answer:
+        return failure(self.kind, self.code, str(self), self.id)
+
+
+def decode_request(frame: bytes | memoryview) -> AnyRequest:
+    """The request in one frame. Raises Malformed, a ProtocolError, for everything else."""
+    try:
+        return _decode_request(frame)
+    except (ValueError, RecursionError) as error:
+        raise _diagnose(frame, error) from error
+
+
+def decode_answer(frame: bytes | memoryview) -> AnyAnswer:
+    """The answer in one frame. Raises ProtocolError for everything else."""
+    try:
+        return _decode_answer(frame)
+    except (ValueError, RecursionError) as error:
+        raise _diagnose(frame, error) from error
+
+
+def encode(message: Struct) -> bytes:
+    """One message as one line."""
+    return _encode(message) + b"\n"
+
+
+def decode_object(frame: bytes | memoryview | str) -> dict[str, Any]:
+    """A JSON object as a dict, whatever its type. Raises Malformed."""
+    try:
+        found = _decode_any(frame)
+    except (ValueError, RecursionError) as error:
+        raise Malformed("bad_request", _in_words(error)) from error
+    if not isinstance(found, dict):
+        raise Malformed("bad_request", f"expected a JSON object, got {_json_name(found)}")
+    return found
+
+
+def _diagnose(frame: bytes | memoryview, error: Exception) -> Malformed:
+    """Why a frame is no message. Slow, as only bad input comes here."""
+    found = decode_object(frame)
+    id = found.get("id", UNSET)
+    if not isinstance(id, int | str) or isinstance(id, bool):
+        id = UNSET
+    kind = found.get("type")
+    if kind is None:
+        return Malformed("bad_request", 'the message has no "type"', id=id)
+    if not isinstance(kind, str):
+        return Malformed("bad_request", f'"type" must be a string, got {_json_name(kind)}', id=id)
+    if kind not in REQUEST_TYPES and kind not in PEER_TYPES:
+        known = ", ".join(REQUEST_TYPES)
+        return Malformed("unknown_type", f"no message has the type {kind[:64]!r}; there are: {known}", id=id)
+    return Malformed("bad_request", f"{kind}: {_in_words(error)}", kind, id)
+
+
+def _in_words(error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "nested too deep"
+    if isinstance(error, UnicodeDecodeError):
+        return f"not UTF-8: byte 0x{error.object[error.start]:02x} in a string"
+    text = str(error)
+    if text == "Number out of range":
+        return "a number is out of the range of a double (about 1.8e308)"
+    return (
+        text.removeprefix("JSON is malformed: ") if isinstance(error, msgspec.ValidationError) else f"not JSON: {text}"
+    )
+
+
+def _json_name(value: object) -> str:
+    names = {
+        dict: "an object",
+        list: "an array",
+        str: "a string",
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+    }
+    return names.get(type(value), "null")
+
+
+def check_value(value: Raw, settings: Settings) -> None:
+    """A value must be JSON that everyone can read back: UTF-8, numbers that a double holds, not nested too deep.
+
+    The decoder passes over a Raw value without looking inside; this looks. Raises ProtocolError("bad_request").
+    """
+    try:
+        _decode_any(value)
+    except (ValueError, RecursionError) as error:
+        raise ProtocolError("bad_request", f"value: {_in_words(error)}") from error
+    text = bytes(value)
+    if text[:1] not in b"[{" and len(text) < 309:
+        return
+    if text[:1] != b'"' and _LONG_NUMBER.search(text):
+        _check_numbers(_decode_any(value))
+    if text.count(b"[") + text.count(b"{") > settings.json_depth:
+        _check_depth(_decode_any(value), settings.json_depth)
+
+
+def _check_numbers(value: object) -> None:
+    """Raise for a whole number that no double comes near; the decoder itself refuses such fractions."""
+    for part in _walk(value):
+        if isinstance(part, int) and abs(part) > 2**1024 - 2**970:
+            raise ProtocolError("bad_request", "value: a number is out of the range of a double (about 1.8e308)")
+
+
+def _walk(value: object) -> list[object]:
+    """The value and everything in it."""
+    parts = [value]
+    for part in parts:
+        if isinstance(part, dict):
+            parts.extend(part.values())
+        elif isinstance(part, list):
+            parts.extend(part)
+    return parts
+
+
+def _check_depth(value: object, limit: int) -> None:
+    level, depth = [value], 0
+    while level := [child for part in level for child in _children(part)]:
+        depth += 1
+        if depth >= limit:
+            raise ProtocolError("bad_request", f"value: nested deeper than {limit} levels")
+
+
+def _children(value: object) -> list[object]:
+    if isinstance(value, dict):
+        return [v for v in value.values() if isinstance(v, dict | list)]
+    return [v for v in value if isinstance(v, dict | list)] if isinstance(value, list) else []
+
+
+def store_key(namespace: str, key: str) -> bytes:
+    """The key under which the store keeps a value: namespace, NUL, key.
+
+    Raises ProtocolError: `bad_request` for an empty key or a bad namespace, `key_too_long` past what LMDB takes.
+    """
+    if not key:
+        raise ProtocolError("bad_request", "the key is empty: a key has at least 1 byte")
+    if not 0 < len(namespace) <= NAMESPACE_CHARACTERS or "\0" in namespace:
+        raise ProtocolError("bad_request", f"a namespace has 1 to {NAMESPACE_CHARACTERS} characters, none of them NUL")
+    try:
+        full = f"{namespace}\0{key}".encode()
+    except UnicodeEncodeError as error:  # only from Python callers: the wire can't carry it
+        raise ProtocolError("bad_request", f"not UTF-8: {error.reason}") from error
+    if len(full) > LMDB_KEY_BYTES:
+        most = LMDB_KEY_BYTES - len(namespace.encode()) - 1
+        raise ProtocolError(
+            "key_too_long", f"the key has {len(full) - (LMDB_KEY_BYTES - most)} bytes; in this namespace {most} fit"
+        )
+    return full
+
+
+def to_request(message: dict[str, Any]) -> AnyRequest:
+    """A request given as a dict, checked like one from the wire. Raises ProtocolError."""
+    return decode_request(encode_object(message))
+
+
+def encode_object(message: dict[str, Any]) -> bytes:
+    """A dict as one line of JSON. Raises ProtocolError("bad_request") for what JSON can't hold."""
+    try:
+        return _encode(message) + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ProtocolError("bad_request", f"can't be written as JSON: {error}") from error

@@ -1,0 +1,1 @@
+"""Tools to test raftnode, and programs that embed it: shipped, but never imported by the product."""

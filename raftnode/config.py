@@ -111,7 +111,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
                 raise ConfigError(f"setting {name} is {getattr(self, name)}: it must be at least 1")
         if not self.heartbeat_ms < self.election_low_ms <= self.election_high_ms:
             raise ConfigError(
-                f"heartbeat {self.heartbeat_ms} ms, election timeout {self.election_low_ms}..{self.election_high_ms} ms: "
+                f"heartbeat {self.heartbeat_ms} ms, election {self.election_low_ms}..{self.election_high_ms} ms: "
                 "the heartbeat (HB_TIME) must be shorter than LOW_TIMEOUT, and LOW_TIMEOUT at most HIGH_TIMEOUT"
             )
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
@@ -145,7 +146,7 @@ class MembersCommand(Command, tag="members"):
 
 AnyCommand: TypeAlias = Noop | PutCommand | DeleteCommand | MembersCommand
 
-_decode_command = msgspec.json.Decoder(AnyCommand).decode
+_decode_command: Callable[[bytes | Raw], AnyCommand] = msgspec.json.Decoder(AnyCommand).decode
 _encode = msgspec.json.Encoder().encode
 
 
@@ -303,7 +304,7 @@ class WriteAnswer(Answer, kw_only=True):
     commit_id: int | UnsetType = UNSET
     version: int | UnsetType = UNSET
     """Puts since the key was last created; 1 for the first. A delete has none."""
-    replaced: int | None | UnsetType = UNSET
+    replaced: int | UnsetType | None = UNSET
     """commit_id of the value before, None when there was none."""
 
 
@@ -381,6 +382,9 @@ class HeartbeatAnswer(Answer, tag="heartbeat", kw_only=True):
     round: Count = 0
 
 
+Reason: TypeAlias = Literal["", "gap", "stale_term", "checksum", "storage_full"]
+
+
 class DataAnswer(Answer, tag="data", kw_only=True):
     """True: this log holds the leader's entries up to `match`, durably. False: see `reason` and the hint."""
 
@@ -392,7 +396,7 @@ class DataAnswer(Answer, tag="data", kw_only=True):
     """On a refusal: the position before the refused entries."""
     last: EntryId = GENESIS
     """On a refusal: the newest entry at or before `asked` whose term could still match. A hint only (FACTS 1.12)."""
-    reason: Literal["", "gap", "stale_term", "checksum", "storage_full"] = ""
+    reason: Reason = ""
 
 
 class Refusal(Answer, tag="error", kw_only=True):
@@ -443,8 +447,8 @@ def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
 
 # --- the codec ------------------------------------------------------------------------------------------------
 
-_decode_request = msgspec.json.Decoder(AnyRequest).decode
-_decode_answer = msgspec.json.Decoder(AnyAnswer).decode
+_decode_request: Callable[[bytes | memoryview], AnyRequest] = msgspec.json.Decoder(AnyRequest).decode
+_decode_answer: Callable[[bytes | memoryview], AnyAnswer] = msgspec.json.Decoder(AnyAnswer).decode
 _decode_any = msgspec.json.Decoder().decode
 _LONG_NUMBER = re.compile(rb"[0-9]{309}")
 

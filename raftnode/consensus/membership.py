@@ -35,7 +35,7 @@ class Membership(Struct, frozen=True, kw_only=True):
     @classmethod
     def founding(cls, addresses: Collection[str]) -> Membership:
         """The first membership: the sorted set of the addresses that a node was started with."""
-        return cls(voters={address: "" for address in sorted(set(addresses))})
+        return cls(voters=dict.fromkeys(sorted(set(addresses)), ""))
 
     @property
     def addresses(self) -> tuple[str, ...]:

@@ -29,6 +29,7 @@ from raftnode.messages import (
     Noop,
     PeerAnswer,
     PeerRequest,
+    Reason,
     Staged,
     VoteAnswer,
     VoteRequest,
@@ -370,7 +371,7 @@ class Raft:
         else:
             self._refuse(ticket, message, "stale_term")
 
-    def _refuse(self, ticket: Ticket, message: Data, reason: str) -> None:
+    def _refuse(self, ticket: Ticket, message: Data, reason: Reason) -> None:
         hint = GENESIS
         if reason == "gap":
             hint = self.journal.hint(message.previous.commit_id, message.previous.term, self.commit_id)
@@ -517,7 +518,6 @@ class Raft:
             last = min(last, first + self._settings.batch_entries - 1)
             entries = self.journal.entries(first, last, self._settings.batch_bytes)
         previous = self.journal.id_at(first - 1)
-        action = "log" if entries else "commit"
         progress.sent(first + len(entries) - 1, self._now)
         message = Data(
             action=action, term=self.term, leader=self.me, previous=previous, entries=entries, commit_id=self.commit_id

@@ -520,7 +520,12 @@ class Raft:
         previous = self.journal.id_at(first - 1)
         progress.sent(first + len(entries) - 1, self._now)
         message = Data(
-            action=action, term=self.term, leader=self.me, previous=previous, entries=entries, commit_id=self.commit_id
+            action="log" if entries else "commit",
+            term=self.term,
+            leader=self.me,
+            previous=previous,
+            entries=entries,
+            commit_id=self.commit_id,
         )
         self._send(peer, message)
 

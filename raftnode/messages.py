@@ -621,3 +621,11 @@ def encode_object(message: dict[str, Any]) -> bytes:
         return _encode(message) + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError("bad_request", f"can't be written as JSON: {error}") from error
+
+
+def data_object(data: Data) -> dict[str, Any]:
+    """A `data` message as a dict. Commands stay as the bytes they are: decoding and encoding them again could write a
+    number in another way, and the checksum would not match."""
+    fields = msgspec.structs.asdict(data)
+    fields |= {"type": data.name, "entries": [msgspec.structs.asdict(entry) for entry in data.entries]}
+    return {name: value for name, value in fields.items() if value is not UNSET}

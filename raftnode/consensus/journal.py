@@ -83,6 +83,25 @@ class Journal:
         return self._memberships[-1]
 
     @property
+    def memberships(self) -> tuple[Membership, ...]:
+        """Those that a restart needs: the newest committed one, and the staged ones after it."""
+        return tuple(self._memberships)
+
+    def found(self, membership: Membership) -> None:
+        """Set the founding membership of an empty log."""
+        assert not self._memberships, "a cluster is founded once"
+        self._memberships.append(membership)
+
+    def bind(self, address: str, node: str) -> None:
+        """Remember the node id of a member met for the first time, in every membership that has it unbound."""
+        self._memberships = [m.bind(address, node) if m.node_of(address) == "" else m for m in self._memberships]
+
+    @property
+    def has_unwritten(self) -> bool:
+        """True when the log in memory is ahead of the disk."""
+        return self._cut_from is not None or self.written < self.last.id.commit_id
+
+    @property
     def first(self) -> int:
         """The first kept commit_id (one past `last` in an empty log)."""
         return self.base.id.commit_id + 1

@@ -1,0 +1,303 @@
+"""The data directory: who may have it, and the LMDB environment in it. Layer 2.
+
+    <data_dir>/raftnode.mdb        the environment: one file, no sub-directory
+    <data_dir>/raftnode.mdb-lock   LMDB's table of readers; never deleted by hand while a process lives
+    <data_dir>/raftnode.lock       held with flock by the one node that writes; its text is the id of that node
+
+LMDB would let two processes write (they would take turns, and ruin the log between them), so a lock of our own keeps
+the second out; the kernel drops it however the holder dies. The text in it outlives the data file: a directory whose
+data file is gone is not taken for a new one.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import NoReturn
+
+import lmdb
+
+from raftnode import records
+from raftnode.config import Settings
+from raftnode.errors import StoreClosed, StoreDamaged, StoreError, StoreFailed, StoreForeign, StoreInUse, StoreTooNew
+
+_MAX_READERS = 126
+_LOOSE_PAGES = 16
+"""LMDB may leave the last few pages of a file unwritten when they were freed in the transaction that took them."""
+
+
+class Environment:
+    """An open data directory. Invariant: after the first failed commit or sync, every use raises StoreFailed."""
+
+    def __init__(self, data_dir: Path, settings: Settings, durable: bool) -> None:
+        """Open or create; raises a StoreError that says what is wrong with the directory and what to do."""
+        self.path = data_dir
+        self._settings = settings
+        self._durable = durable
+        self._failure: StoreFailed | None = None
+        self._closed = False
+        self._lock_fd = _take_lock(data_dir)
+        try:
+            self._check_files()
+            self._env = self._open()
+            self._dbs = self._open_databases()
+            self._settle()
+        except BaseException:
+            os.close(self._lock_fd)
+            raise
+
+    # --- opening ---
+
+    @property
+    def _data_file(self) -> Path:
+        return self.path / records.DATA_FILE
+
+    def _check_files(self) -> None:
+        """Refuse a directory that held a node and has lost its data file."""
+        node = os.pread(self._lock_fd, 64, 0).decode(errors="replace").strip()
+        there = self._data_file.exists() and self._data_file.stat().st_size > 0
+        if node and not there:
+            raise StoreDamaged(
+                f"{self.path} held node {node}, but {records.DATA_FILE} is gone or empty: put the file back, or, if it "
+                "is lost, empty the whole directory to start as a new node"
+            )
+
+    def _open(self) -> lmdb.Environment:
+        try:
+            env = lmdb.open(
+                str(self._data_file),
+                subdir=False,
+                map_size=self._settings.map_bytes,
+                max_dbs=16,
+                max_readers=_MAX_READERS,
+                sync=self._durable,
+                metasync=self._durable,
+            )
+        except lmdb.Error as error:
+            raise explain_open_error(self.path, error) from error
+        check_length(self.path, env)
+        return env
+
+    def _open_databases(self) -> dict[bytes, lmdb._Database]:
+        with self._env.begin() as txn:
+            fresh = txn.stat()["entries"] == 0
+        if not fresh:
+            check_ours(self.path, self._env)
+        return {name: self._env.open_db(name) for name in records.DATABASES}
+
+    def _settle(self) -> None:
+        """What is visible must be durable before anything is said (FACTS 1.40): LMDB syncs neither the first pages
+        of a new file nor its directory."""
+        if self._durable:
+            self._env.sync(True)
+            for directory in (self.path, self.path.resolve().parent):
+                _sync_directory(directory)
+
+    def name(self, node: str) -> None:
+        """Write the node's id into the lock file, once its first transaction is on disk."""
+        if os.pread(self._lock_fd, 64, 0).decode(errors="replace").strip() != node:
+            os.ftruncate(self._lock_fd, 0)
+            os.pwrite(self._lock_fd, f"{node}\n".encode(), 0)
+            if self._durable:
+                os.fsync(self._lock_fd)
+
+    # --- use ---
+
+    def read(self) -> lmdb.Transaction:
+        """A read transaction: one consistent snapshot. Keep it short, it holds back the reuse of pages."""
+        self._check_usable()
+        return self._env.begin()
+
+    def write(self) -> _WriteTransaction:
+        """A context with the one write transaction, committed and synced when the block ends. A failure of any kind
+        closes the environment to further use and raises StoreFailed."""
+        self._check_usable()
+        return _WriteTransaction(self, self._env)
+
+    def db(self, name: bytes) -> lmdb._Database:
+        return self._dbs[name]
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """A write or a sync has failed. What is on disk is not known, and trying again proves nothing: after a failed
+        fsync the kernel has dropped the pages (FACTS 2)."""
+        self._failure = StoreFailed(
+            f"writing to {self._data_file} failed: {error}. Nothing that depends on this write was acknowledged. Check "
+            "the disk (free space, kernel log), then start the node again: it continues from its last good transaction"
+        )
+        raise self._failure from error
+
+    def _check_usable(self) -> None:
+        if self._failure is not None:
+            raise StoreFailed(str(self._failure))
+        if self._closed:
+            raise StoreClosed(f"the store in {self.path} is closed")
+
+    # --- room ---
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes: `map`, `file`, `used` (pages that hold data), `disk_free`, and `room`: what can still be written."""
+        self._check_usable()
+        info, page = self._env.info(), self._env.stat()["psize"]
+        with self._env.begin() as txn:
+            used = sum(
+                stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+                for stat in (txn.stat(db) for db in self._dbs.values())
+            )
+        file, used_bytes = (info["last_pgno"] + 1) * page, used * page
+        disk = os.statvfs(self.path)
+        disk_free = disk.f_bavail * disk.f_frsize
+        room = min(info["map_size"] - used_bytes, disk_free + max(0, file - used_bytes))
+        return {"map": info["map_size"], "file": file, "used": used_bytes, "disk_free": disk_free, "room": room}
+
+    def clear_dead_readers(self) -> int:
+        """Free the slots of readers that died: pages that they saw would never be used again (FACTS 2)."""
+        self._check_usable()
+        return int(self._env.reader_check())
+
+    def close(self) -> None:
+        """Close; may be called twice."""
+        if not self._closed:
+            self._closed = True
+            self._env.close()
+            os.close(self._lock_fd)
+
+
+class _WriteTransaction:
+    """One write transaction as a context manager; every error on its way to the disk is final."""
+
+    def __init__(self, environment: Environment, env: lmdb.Environment) -> None:
+        self._environment = environment
+        self._env = env
+
+    def __enter__(self) -> lmdb.Transaction:
+        try:
+            self._txn = self._env.begin(write=True)
+        except lmdb.Error as error:
+            self._environment.fail(error)
+        return self._txn
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            self._txn.abort()
+            if isinstance(error, lmdb.Error):
+                self._environment.fail(error)
+            return
+        try:
+            self._txn.commit()
+        except lmdb.Error as failure:
+            self._environment.fail(failure)
+
+
+class MemoryDirectory:
+    """A throw-away directory for `store_type='memory'`: the same code without sync."""
+
+    def __init__(self) -> None:
+        self.path = Path(tempfile.mkdtemp(prefix="raftnode-memory-"))
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+def open_reader(data_dir: Path, map_bytes: int) -> lmdb.Environment:
+    """The environment of a live or dead node's directory, for reading only. The caller closes it.
+
+    On a copy that this user may not write to, LMDB's table of readers is left alone: fine while no node runs on it.
+    Raises StoreError.
+    """
+    file = data_dir / records.DATA_FILE
+    if not data_dir.is_dir():
+        raise StoreForeign(f"{data_dir}: no such directory")
+    if not file.is_file() or file.stat().st_size == 0:
+        raise StoreForeign(f"{data_dir} holds no node: there is no {records.DATA_FILE} in it")
+    lock = Path(f"{file}-lock")
+    may_lock = os.access(lock if lock.exists() else data_dir, os.W_OK)
+    try:
+        env = lmdb.open(
+            str(file),
+            subdir=False,
+            readonly=True,
+            map_size=map_bytes,
+            max_dbs=16,
+            lock=may_lock,
+            max_readers=_MAX_READERS,
+        )
+    except lmdb.Error as error:
+        raise explain_open_error(data_dir, error) from error
+    try:
+        check_length(data_dir, env)
+        check_ours(data_dir, env)
+    except BaseException:
+        env.close()
+        raise
+    return env
+
+
+def explain_open_error(data_dir: Path, error: lmdb.Error) -> StoreError:
+    """What LMDB's refusal means for the person at the keyboard."""
+    file = data_dir / records.DATA_FILE
+    if isinstance(error, lmdb.InvalidError):
+        return StoreForeign(
+            f"{file} is not a file of ours: it is no LMDB environment, or its first pages are damaged. Choose another "
+            "directory, or put a good copy back"
+        )
+    if isinstance(error, lmdb.VersionMismatchError):
+        return StoreTooNew(f"{file} was written by another major version of LMDB: use the raftnode that wrote it")
+    if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
+        return StoreDamaged(f"{file} is damaged: {error}. Put a good copy of the directory back")
+    if isinstance(error, lmdb.ReadonlyError):
+        return StoreForeign(f"{file} can't be opened: {error}. Check who owns it")
+    return StoreFailed(f"{file} can't be opened: {error}")
+
+
+def check_ours(data_dir: Path, env: lmdb.Environment) -> None:
+    """Refuse an LMDB file of some other program, before anything is written to it."""
+    try:
+        env.open_db(records.META, create=False)
+    except (lmdb.NotFoundError, lmdb.IncompatibleError) as error:
+        raise StoreForeign(
+            f"{data_dir / records.DATA_FILE} is an LMDB file of another program: choose another data directory"
+        ) from error
+
+
+def check_length(data_dir: Path, env: lmdb.Environment) -> None:
+    """Refuse a file that was cut off: reading a page that is not there would kill the process (SIGBUS)."""
+    file = data_dir / records.DATA_FILE
+    needed = (env.info()["last_pgno"] + 1 - _LOOSE_PAGES) * env.stat()["psize"]
+    if file.stat().st_size < needed:
+        raise StoreDamaged(
+            f"{file} is cut off: {file.stat().st_size} bytes, of at least {needed}. "
+            "Put a good copy of the directory back"
+        )
+
+
+def _take_lock(data_dir: Path) -> int:
+    """Make the directory if need be and hold its lock; the file descriptor is the lock."""
+    try:
+        data_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(data_dir / records.LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise StoreForeign(f"{data_dir} is a file, not a directory: choose another data directory") from error
+    except OSError as error:
+        raise StoreForeign(f"{data_dir} can't be used as data directory: {error.strerror}") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise StoreInUse(
+            f"{data_dir} is in use by another node: stop that one first, or choose another data directory"
+        ) from error
+    return fd
+
+
+def _sync_directory(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

@@ -1,0 +1,61 @@
+"""The replicated state: what each committed command does to the namespaces. Layer 1, pure.
+
+Every node applies the same entries in the same order to the same state, so nothing here may look at a clock, a random
+number, the order of a set or an error of this machine (FACTS 1.26).
+
+Effects are applied here first and reach the disk with the next transaction, together with their commit_id. Until then
+reads find them in `changes`, before they look at the disk: an acknowledged write is always seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from msgspec import Struct
+
+from raftnode.messages import DeleteCommand, Entry, PutCommand, decode_command, store_key
+from raftnode.records import Record
+
+
+class Outcome(Struct, frozen=True):
+    """What an entry did; what its client is told."""
+
+    commit_id: int
+    version: int = 0
+    """Version of the value it wrote; 0 when it wrote none."""
+    replaced: int | None = None
+    """commit_id of the value that was there before."""
+
+
+class Namespaces:
+    """The committed values: those on disk, and over them the changes that are not there yet."""
+
+    def __init__(self) -> None:
+        self.changes: dict[bytes, Record | None] = {}
+        """By store key: the value to write, or None to delete it. What applies them to the disk clears them."""
+
+    def apply(self, entry: Entry, on_disk: Callable[[bytes], Record | None]) -> Outcome:
+        """Carry out one committed entry."""
+        match decode_command(entry.command):
+            case PutCommand(namespace=namespace, key=key, value=value):
+                full = store_key(namespace, key)
+                before = self.find(full, on_disk)
+                created, version = (entry.commit_id, 1) if before is None else (before.created, before.version + 1)
+                self.changes[full] = Record(created, entry.commit_id, version, 0, value)
+                return Outcome(entry.commit_id, version, None if before is None else before.modified)
+            case DeleteCommand(namespace=namespace, key=key):
+                full = store_key(namespace, key)
+                before = self.find(full, on_disk)
+                if before is None:
+                    return Outcome(entry.commit_id)
+                self.changes[full] = None
+                return Outcome(entry.commit_id, replaced=before.modified)
+            case _:
+                return Outcome(entry.commit_id)
+
+    def find(self, key: bytes, on_disk: Callable[[bytes], Record | None]) -> Record | None:
+        """The value under a store key, with every applied entry seen."""
+        try:
+            return self.changes[key]
+        except KeyError:
+            return on_disk(key)

@@ -1,0 +1,548 @@
+"""The store: everything that a node must not forget, in one LMDB environment. Layer 2.
+
+**On disk** (`records` has the bytes, `environment` the files): `log` holds every entry under its commit_id; those
+above the stored commit_id are *staged*. `committed` holds the namespaces as of exactly that commit_id. `meta` holds the
+format, the node's id and address, the cluster's id, the ballot, the commit_id, where the kept log begins, and the
+memberships.
+
+**Who uses it**: one thread writes, the one that runs `Election.cycle` (or, without an election, the caller of `put`).
+`write` is the only transaction: ballot, cut and new entries, effects of what has committed, and commit_id, together, so
+that no crash can part them. Effects are applied in memory first (`apply`) and are in `write`'s next transaction; they
+lose nothing by waiting, as they are in the log of a majority.
+
+**Recovery** needs nobody: take the directory's lock, sync (what is visible must be durable before anything is said of
+it), check the format, whose node it is, that the log has no hole and that its end matches its checksums, load the
+ballot and the memberships, and go on. Entries above commit_id are still staged; a leader commits them or cuts them.
+What does not match its checksum is reported and never passed over: the node does not start, rather than vote with a
+shorter log.
+"""
+
+from __future__ import annotations
+
+import random
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final, Protocol
+
+import lmdb
+import msgspec
+
+from raftnode import records
+from raftnode.config import Settings
+from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.journal import Journal, Mark
+from raftnode.consensus.membership import Membership, cluster_id
+from raftnode.consensus.raft import Raft
+from raftnode.environment import Environment, MemoryDirectory
+from raftnode.errors import ConfigError, ProtocolError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
+from raftnode.messages import (
+    GENESIS,
+    Data,
+    DataAnswer,
+    Delete,
+    DeleteCommand,
+    Entry,
+    EntryId,
+    Found,
+    Get,
+    Put,
+    PutCommand,
+    chain,
+    check_value,
+    data_object,
+    decode_answer,
+    decode_command,
+    decode_object,
+    encode,
+    encode_command,
+    encode_object,
+    store_key,
+    to_request,
+)
+from raftnode.namespaces import Namespaces, Outcome
+
+STORE_TYPES: Final = ("memory", "database")
+
+
+class PrimaryTransport(Protocol):
+    """What the store's own replication loop needs of a transport."""
+
+    my_ip: str
+    peers: list[str]
+
+    def send_data(self, peer: str | None = None, message: dict[str, Any] | None = None) -> Any: ...
+    def identify(self, cluster: str, node: str) -> None: ...
+
+
+class Store:
+    """One node's durable state.
+
+    Public facts: `node_id`, `cluster_id` (None until founded), `address`, `ballot`, `journal`, `commit_id`.
+    Invariant: after `write` returns, disk and memory are equal; if it raises, the store takes nothing more.
+    """
+
+    def __init__(
+        self, store_type: str = "memory", data_dir: str | Path = "data", *, settings: Settings | None = None
+    ) -> None:
+        """Open `data_dir` ('database'), making it if need be, or a throw-away directory without sync ('memory').
+
+        Raises ConfigError for another `store_type`; StoreInUse, StoreForeign, StoreTooNew, StoreDamaged or StoreFailed
+        when the directory can't be used, each saying what to do.
+        """
+        if store_type not in STORE_TYPES:
+            raise ConfigError(f"store type {store_type!r}: there are {' and '.join(STORE_TYPES)}")
+        self.settings = settings or Settings()
+        self.is_durable = store_type == "database"
+        self._memory = None if self.is_durable else MemoryDirectory()
+        self._env = Environment(
+            Path(data_dir) if self._memory is None else self._memory.path, self.settings, self.is_durable
+        )
+        self.owner: object | None = None
+        """The election that alone may write; None while the caller does."""
+        self.namespaces = Namespaces()
+        self.syncs = 0
+        """Transactions written since the start."""
+        self._on_disk: dict[bytes, object] = {}
+        self._room = (float("inf"), 0)
+        self._written_bytes = 0
+        try:
+            self._load()
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def data_dir(self) -> Path:
+        return self._env.path
+
+    # --- opening ---
+
+    def _load(self) -> None:
+        with self._env.read() as txn:
+            format_version = self._fact(txn, b"format", int)
+            if format_version is None:
+                self._check_blank(txn)
+        if format_version is None:
+            self._create()
+        elif format_version > records.FORMAT:
+            raise StoreTooNew(
+                f"{self.data_dir} was written in format {format_version}; this raftnode reads up to {records.FORMAT}: "
+                "start it with the newer raftnode"
+            )
+        with self._env.read() as txn:
+            self._load_facts(txn)
+            base, last = self._check_log(txn)
+        self._env.name(self.node_id)
+        self.journal = Journal(self, base, last, self._memberships)
+
+    def _check_blank(self, txn: lmdb.Transaction) -> None:
+        for name in records.DATABASES:
+            if txn.stat(self._env.db(name))["entries"]:
+                raise StoreDamaged(
+                    f"{self.data_dir} has data, but not the record of its format: put a good copy of the directory back"
+                )
+
+    def _create(self) -> None:
+        """The first transaction of a node: from here on it has an id, and will never be another."""
+        with self._env.write() as txn:
+            for name, fact in ((b"format", records.FORMAT), (b"node", secrets.token_hex(8))):
+                txn.put(name, records.pack_meta(name, fact), db=self._env.db(records.META))
+
+    def _load_facts(self, txn: lmdb.Transaction) -> None:
+        node = self._fact(txn, b"node", str)
+        if not node:
+            raise StoreDamaged(f"{self.data_dir} does not say whose it is: put a good copy of the directory back")
+        self.node_id: str = node
+        self.cluster_id: str | None = self._fact(txn, b"cluster", str)
+        self.address: str | None = self._fact(txn, b"address", str)
+        self.ballot: Ballot = self._fact(txn, b"ballot", Ballot) or Ballot()
+        self.commit_id: int = self._fact(txn, b"commit_id", int) or 0
+        self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
+
+    def _check_log(self, txn: lmdb.Transaction) -> tuple[Mark, Mark]:
+        """The ends of the log, after a look at its tail. The middle is checked when it is read."""
+        base = self._fact(txn, b"base", Mark) or Mark(GENESIS, 0)
+        db = self._env.db(records.LOG)
+        count = txn.stat(db)["entries"]
+        with txn.cursor(db) as cursor:
+            newest = records.position_of(bytes(cursor.key())) if cursor.last() else base.id.commit_id
+        if newest - base.id.commit_id != count:
+            raise StoreDamaged(
+                f"the log in {self.data_dir} has a hole: {count} entries between {base.id.commit_id + 1} and {newest}. "
+                "Put a good copy of the directory back"
+            )
+        if not base.id.commit_id <= self.commit_id <= newest:
+            raise StoreDamaged(
+                f"the log in {self.data_dir} ends at {newest}, but {self.commit_id} was committed. "
+                "Put a good copy of the directory back",
+                self.commit_id,
+            )
+        last = base
+        for entry in self._scan(txn, base, max(base.id.commit_id + 1, self.commit_id), newest):
+            last = Mark(entry.id, entry.checksum)
+        if last.id.term > self.ballot.term:
+            raise StoreDamaged(
+                f"entry {newest} has term {last.id.term}, but the ballot only {self.ballot.term}", newest
+            )
+        return base, last
+
+    # --- founding ---
+
+    def found(self, address: str, members: Sequence[str]) -> None:
+        """Make an empty store a member of the cluster of `members`, or check that it is this node's already.
+
+        The first membership is fixed here for good: later starts take it from the store, whatever they are given.
+        Raises StoreForeign when the directory belongs to a node at another address.
+        """
+        if self.cluster_id is None:
+            membership = Membership.founding([address, *members]).bind(address, self.node_id)
+            self.journal.found(membership)
+            self.cluster_id, self.address = cluster_id(membership.voters), address
+            self.write()
+        elif self.address != address:
+            raise StoreForeign(
+                f"{self.data_dir} belongs to the node at {self.address}, not to {address}: give that address, or the "
+                "directory of this node"
+            )
+
+    def bind(self, address: str, node: str) -> None:
+        """Remember the node id of a member that was met for the first time; durable with the next `write`."""
+        self.journal.bind(address, node)
+
+    # --- the log, for the journal (LogReader) ---
+
+    def read_id(self, commit_id: int) -> EntryId:
+        """The id of an entry on disk. Raises StoreDamaged when it is not there."""
+        with self._env.read() as txn:
+            return self._entry(txn, commit_id).id
+
+    def read_entries(self, first: int, last: int, size: int) -> list[Entry]:
+        """Entries from disk, checked against the rolling checksum; at least one, and no more than `size` bytes of
+        commands after that. Raises StoreDamaged with the first bad commit_id."""
+        found: list[Entry] = []
+        with self._env.read() as txn:
+            for entry in self._scan(txn, self.journal.base, first, last):
+                size -= entry.size
+                if found and size < 0:
+                    break
+                found.append(entry)
+        return found
+
+    def _scan(self, txn: lmdb.Transaction, base: Mark, first: int, last: int) -> Iterator[Entry]:
+        """Entries in order, each checked: the chain is seeded with the entry before `first`."""
+        if first > last:
+            return
+        before = base if first == base.id.commit_id + 1 else None
+        checksum = before.checksum if before else self._entry(txn, first - 1).checksum
+        with txn.cursor(self._env.db(records.LOG)) as cursor:
+            cursor.set_key(records.log_key(first))
+            for commit_id in range(first, last + 1):
+                entry = records.unpack_entry(commit_id, bytes(cursor.value()))
+                checksum = chain(checksum, entry.term, commit_id, entry.time, entry.command)
+                if cursor.key() != records.log_key(commit_id) or checksum != entry.checksum:
+                    raise damaged_entry(self.data_dir, commit_id)
+                yield entry
+                cursor.next()
+
+    def _entry(self, txn: lmdb.Transaction, commit_id: int) -> Entry:
+        stored = txn.get(records.log_key(commit_id), db=self._env.db(records.LOG))
+        if stored is None:
+            raise damaged_entry(self.data_dir, commit_id)
+        return records.unpack_entry(commit_id, bytes(stored))
+
+    # --- the state ---
+
+    def apply(self, entries: Sequence[Entry]) -> list[Outcome]:
+        """Carry out committed entries, in order, in memory; `write` takes their effects to the disk."""
+        if not entries:
+            return []
+        assert entries[0].commit_id == self.commit_id + 1, f"{entries[0].commit_id} can't follow {self.commit_id}"
+        with self._env.read() as txn:
+            outcomes = [self.namespaces.apply(entry, self._finder(txn)) for entry in entries]
+        self.commit_id = entries[-1].commit_id
+        return outcomes
+
+    def find(self, keys: Sequence[bytes]) -> list[records.Record | None]:
+        """The values under several store keys, from one snapshot that holds everything applied."""
+        with self._env.read() as txn:
+            finder = self._finder(txn)
+            return [self.namespaces.find(key, finder) for key in keys]
+
+    def _finder(self, txn: lmdb.Transaction) -> Any:
+        db, get, unpack = self._env.db(records.COMMITTED), txn.get, records.unpack_record
+
+        def on_disk(key: bytes) -> records.Record | None:
+            stored = get(key, db=db)
+            return None if stored is None else unpack(key, bytes(stored))
+
+        return on_disk
+
+    def get(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """The payload (`key`, and `namespace` if not the default) with `value`, `created`, `modified` and `version` of
+        what this node has committed; `value` is None when there is none. Raises ProtocolError for a bad key."""
+        request = to_request({**payload, "type": "get"})
+        assert isinstance(request, Get)
+        record = self.find([store_key(request.namespace, request.key)])[0]
+        return {**payload, **decode_object(encode(found(request.key, request.namespace, record)))}
+
+    # --- the one transaction ---
+
+    @property
+    def has_effects(self) -> bool:
+        """True when something applied is not in the committed namespaces on disk yet. It may wait."""
+        return self._on_disk.get(b"commit_id", 0) != self.commit_id
+
+    def write(self, ballot: Ballot | None = None) -> None:
+        """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
+
+        Raises StoreFailed; the node must stop then.
+        """
+        if ballot is not None:
+            self.ballot = ballot
+        unwritten = self.journal.unwritten()
+        with self._env.write() as txn:
+            if unwritten.cut_from is not None:
+                self._cut(txn, unwritten.cut_from)
+            self._append(txn, unwritten.entries)
+            self._put_effects(txn)
+            facts = self._put_facts(txn)
+        self.syncs += 1
+        self._on_disk |= facts
+        self.namespaces.changes.clear()
+        self.journal.mark_written()
+
+    def _append(self, txn: lmdb.Transaction, entries: Sequence[Entry]) -> None:
+        db = self._env.db(records.LOG)
+        for entry in entries:
+            record = records.pack_entry(entry)
+            self._written_bytes += len(record)
+            if not txn.put(records.log_key(entry.commit_id), record, db=db, append=True):
+                raise AssertionError(f"the log on disk already has an entry at or after {entry.commit_id}")
+
+    def _cut(self, txn: lmdb.Transaction, first: int) -> None:
+        assert first > self.commit_id, f"a committed entry is never cut: {first} is at or below {self.commit_id}"
+        with txn.cursor(self._env.db(records.LOG)) as cursor:
+            there = cursor.set_range(records.log_key(first))
+            while there:
+                there = cursor.delete()
+
+    def _put_effects(self, txn: lmdb.Transaction) -> None:
+        db = self._env.db(records.COMMITTED)
+        for key, record in self.namespaces.changes.items():
+            if record is None:
+                txn.delete(key, db=db)
+            else:
+                stored = records.pack_record(key, record)
+                self._written_bytes += len(stored)
+                txn.put(key, stored, db=db)
+
+    def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
+        """Write the facts that are not on disk as they are now; returns them."""
+        now: dict[bytes, object] = {
+            b"format": records.FORMAT,
+            b"node": self.node_id,
+            b"cluster": self.cluster_id,
+            b"address": self.address,
+            b"ballot": self.ballot,
+            b"commit_id": self.commit_id,
+            b"memberships": self.journal.memberships,
+        }
+        changed = {name: fact for name, fact in now.items() if self._on_disk.get(name) != fact}
+        for name, fact in changed.items():
+            txn.put(name, records.pack_meta(name, fact), db=self._env.db(records.META))
+        return changed
+
+    def _fact(self, txn: lmdb.Transaction, name: bytes, type: Any) -> Any:
+        """A fact from disk; None when there is none yet."""
+        stored = txn.get(name, db=self._env.db(records.META))
+        if stored is None:
+            return None
+        self._on_disk[name] = fact = records.unpack_meta(name, bytes(stored), type)
+        return fact
+
+    # --- room, readers, the end ---
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes: `map`, `file`, `used`, `disk_free`, and `room`, what can still be written."""
+        return self._env.sizes()
+
+    def room(self, now: float) -> int:
+        """Bytes that can still be written, looked up at most every `room_check_ms`, and after much was written."""
+        checked_at, room = self._room
+        due = now - checked_at > self.settings.room_check_ms / 1000 or now < checked_at
+        if due or self._written_bytes > self.settings.reserve_bytes // 8:
+            room = self._env.sizes()["room"]
+            self._room = (now, room)
+            self._written_bytes = 0
+        return room
+
+    def clear_dead_readers(self) -> int:
+        """Free the slots of readers that died; returns how many."""
+        return self._env.clear_dead_readers()
+
+    def close(self) -> None:
+        """Close; a memory store is gone then. What was not written is not lost: nobody was told of it."""
+        self._env.close()
+        if self._memory is not None:
+            self._memory.remove()
+
+    # --- a primary with followers, without elections: the caller leads, in its own thread ---
+
+    def put(self, term: int, payload: dict[str, Any], transport: PrimaryTransport, majority: int) -> bool:
+        """Stage `payload` (a `put`, or a `delete` when its type says so) in `term`, send it to the peers of
+        `transport`, and commit it once `majority` durable copies exist, this one counted.
+
+        False when they did not confirm in time: the entry stays staged, its outcome is open. The caller vouches that
+        nobody else leads in `term`. Raises StoreOwned when an election owns the store, ProtocolError for a bad payload
+        or a term that is over.
+        """
+        self._check_unowned()
+        command = _command_of({"type": "put", **payload}, self.settings)
+        if term < self.ballot.term or (
+            term == self.ballot.term and self.ballot.voted_for not in (None, transport.my_ip)
+        ):
+            raise ProtocolError("no_leader", f"term {term} is over, or led by another: this store is at {self.ballot}")
+        if self.cluster_id is None:
+            self.found(transport.my_ip, transport.peers)
+        transport.identify(str(self.cluster_id), self.node_id)
+        previous = self.journal.last.id
+        ballot = self.ballot if term == self.ballot.term else self.ballot.in_term(term)
+        entry = self.journal.append(term, int(time.time() * 1000), encode_command(command))
+        self.write(ballot.vote(transport.my_ip))
+        confirmations = [transport.my_ip]
+        staged = Data(action="log", term=term, leader=transport.my_ip, previous=previous, entries=[entry],
+                      commit_id=self.commit_id)  # fmt: skip
+        self.send_data(data_object(staged), transport, confirmations)
+        if len(confirmations) < majority:
+            return False
+        self.commit(command.namespace, isinstance(command, DeleteCommand), commit_id=entry.commit_id)
+        done = Data(action="commit", term=term, leader=transport.my_ip, previous=entry.id, commit_id=entry.commit_id)
+        self.send_data(data_object(done), transport)
+        return True
+
+    def send_data(
+        self, message: dict[str, Any], transport: PrimaryTransport, confirmations: list[str] | None = None
+    ) -> None:
+        """Send one `data` message (log or commit) to every peer of `transport`, and note in `confirmations` who holds
+        it durably. A peer that lacks earlier entries is brought up to date first. Raises StoreOwned."""
+        self._check_unowned()
+        for peer in transport.peers:
+            if peer != transport.my_ip and self._feed(peer, message, transport) and confirmations is not None:
+                confirmations.append(peer)
+
+    def _feed(self, peer: str, message: dict[str, Any], transport: PrimaryTransport) -> bool:
+        """Send, and on a refusal go back to where the logs part, as a leader does. True once the peer confirms."""
+        wanted = _data_of(message)
+        target = wanted.entries[-1].commit_id if wanted.entries else wanted.previous.commit_id
+        while (reply := transport.send_data(peer, message)) is not None:
+            answer = decode_answer(encode_object(reply))
+            if not isinstance(answer, DataAnswer) or answer.term != wanted.term:
+                return False
+            if answer.data and answer.match >= target:
+                return True
+            if not answer.data and answer.reason != "gap":
+                return False
+            found = answer.match if answer.data else self.journal.find(answer.last, at_least=answer.commit_id)
+            if not answer.data and found >= answer.asked:
+                return False  # its hint leads nowhere: its log is not one of ours
+            entries = self.journal.entries(found + 1, target, self.settings.batch_bytes)
+            part = msgspec.structs.replace(wanted, previous=self.journal.id_at(found), entries=entries, action="log")
+            message = data_object(part)
+        return False
+
+    def commit(self, namespace: str, delete: bool = False, **kwargs: Any) -> int:
+        """Move staged entries into the committed namespaces, and commit_id with them, in one synced transaction.
+
+        The log commits in order: everything staged up to `commit_id=` (default: the newest staged entry) goes. That
+        last entry must concern `namespace`, and be a delete exactly when `delete` says so; `key=` is checked too.
+        Returns the new commit_id. Raises StoreOwned, or ProtocolError when nothing is staged that fits.
+        """
+        self._check_unowned()
+        upto = kwargs.get("commit_id", self.journal.last.id.commit_id)
+        if not self.commit_id < upto <= self.journal.last.id.commit_id:
+            raise ProtocolError("bad_request", f"nothing is staged at {upto}: committed is {self.commit_id}")
+        command = decode_command(self.journal.entries(upto, upto, 0)[0].command)
+        kind = DeleteCommand if delete else PutCommand
+        if (
+            not isinstance(command, kind)
+            or command.namespace != namespace
+            or kwargs.get("key", command.key) != command.key
+        ):
+            raise ProtocolError("bad_request", f"entry {upto} is not what was asked to commit in {namespace!r}")
+        while self.commit_id < upto:
+            self.apply(self.journal.entries(self.commit_id + 1, upto, self.settings.batch_bytes))
+        self.write()
+        return self.commit_id
+
+    def action_handler(self, message: dict[str, Any]) -> dict[str, Any]:
+        """A follower's side: carry out a leader's `data` message (`log` stages, `commit` commits), by the very rules of
+        a node. Returns the answer, which is true once it is on disk. Raises StoreOwned, ProtocolError."""
+        self._check_unowned()
+        data = _data_of(message)
+        if self.cluster_id is None:
+            raise ProtocolError("wrong_cluster", "this store belongs to no cluster yet: call found() first")
+        follower = Raft(
+            str(self.address),
+            self.journal,
+            self.ballot,
+            self.commit_id,
+            random.Random(0),
+            self.settings,
+            time.monotonic(),
+        )
+        follower.step(None, data)
+        ready = follower.ready()
+        self.apply(ready.committed)
+        self.write(ready.ballot)
+        _, answer = (*ready.answers, *ready.promises)[0]
+        return decode_object(encode(answer))
+
+    def _check_unowned(self) -> None:
+        if self.owner is not None:
+            raise StoreOwned("a running election owns this store: write through it (RaftNode, or a client)")
+
+
+def _command_of(payload: dict[str, Any], settings: Settings) -> PutCommand | DeleteCommand:
+    """The command of a put or delete given as a dict, checked as one from the wire. Raises ProtocolError."""
+    match to_request(payload):
+        case Put() as put:
+            check_value(put.value, settings)
+            store_key(put.namespace, put.key)
+            return PutCommand(namespace=put.namespace, key=put.key, value=put.value, client=put.client)
+        case Delete() as delete:
+            store_key(delete.namespace, delete.key)
+            return DeleteCommand(namespace=delete.namespace, key=delete.key, client=delete.client)
+        case other:
+            raise ProtocolError("bad_request", f"a {other.name} writes nothing")
+
+
+def _data_of(message: dict[str, Any]) -> Data:
+    data = to_request({"type": "data", **message})
+    if not isinstance(data, Data):
+        raise ProtocolError("bad_request", f"expected a data message, got {data.name}")
+    return data
+
+
+def found(key: str, namespace: str, record: records.Record | None) -> Found:
+    """What a read tells of a record, or of there being none."""
+    if record is None:
+        return Found(key=key, namespace=namespace)
+    return Found(
+        key=key,
+        namespace=namespace,
+        value=record.value,
+        created=record.created,
+        modified=record.modified,
+        version=record.version,
+    )
+
+
+def damaged_entry(data_dir: Path, commit_id: int) -> StoreDamaged:
+    """What to say of a log entry that does not match its checksum."""
+    return StoreDamaged(
+        f"log entry {commit_id} in {data_dir} is damaged: it does not match its checksum. This node does not go on, as "
+        "it might vote or acknowledge on a wrong log. Put a good copy of the directory back",
+        commit_id,
+    )

@@ -1,0 +1,155 @@
+"""What must hold after every turn of every member, whatever was lost, delayed, repeated or crashed.
+
+In the manner of LogCabin's invariants: `basic` properties of one member as it is now, `delta` properties against the
+last look at it, and properties of the cluster over all that was ever seen. They look at durable state first: what is
+in memory is worth nothing after a crash. Each failure is an AssertionError that begins with the name of the broken
+property; the names of the thesis (figure 3.2) are used where it has one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from raftnode.consensus.ballot import Ballot
+from raftnode.messages import Entry, EntryId
+
+if TYPE_CHECKING:
+    from raftnode.testing.network import Member
+
+
+class Chosen(NamedTuple):
+    """An entry that some member has applied."""
+
+    id: EntryId
+    checksum: int
+    by_term: int
+    """The term of the member that applied it first: it was committed in this term or before."""
+
+
+class Look(NamedTuple):
+    """What a member showed when it was looked at last."""
+
+    ballot: Ballot
+    disk_commit_id: int
+    commit_id: int
+    applied: int
+
+
+class Invariants:
+    """Checks one cluster from its first turn on. `check` is called after each turn with the member that took it."""
+
+    def __init__(self, members: Mapping[str, Member]) -> None:
+        self._members = members
+        self.chosen: list[Chosen] = []
+        """What was committed, by position: `chosen[n]` has commit_id `n + 1`."""
+        self._leaders: dict[int, str] = {}
+        self._checksums: dict[EntryId, int] = {}
+        self._looks = {name: Look(Ballot(), 0, 0, 0) for name in members}
+        self._logs: dict[str, tuple[int, Entry | None]] = dict.fromkeys(members, (0, None))
+        self._read_floors: dict[object, int] = {}
+
+    def check(self, member: Member) -> None:
+        """Everything, after a turn of `member`, which may have ended in a crash."""
+        self._check_durable(member)
+        self._check_log_matching(member)
+        if member.is_up:
+            self._check_basic(member)
+            self._check_applied(member)
+            self._check_leader(member)
+            self._check_reads(member)
+        self._look(member)
+
+    def restarted(self, member: Member) -> None:
+        """`member` has come back from its disk: in memory it may have fallen behind what it knew, on disk not."""
+        self._look(member)
+        self.check(member)
+
+    def read_began(self, token: object) -> None:
+        """A linearizable read has begun: its answer must show all that is committed by now."""
+        self._read_floors[token] = len(self.chosen)
+
+    def _look(self, member: Member) -> None:
+        disk = member.disk
+        known = (member.raft.commit_id, member.raft.applied) if member.is_up else (disk.commit_id, disk.commit_id)
+        self._looks[member.name] = Look(disk.ballot, disk.commit_id, *known)
+
+    def _check_durable(self, member: Member) -> None:
+        """Against the last look at the disk; holds across restarts too."""
+        before, disk = self._looks[member.name], member.disk
+        name, ballot = member.name, disk.ballot
+        assert ballot.term >= before.ballot.term, f"term never falls: {name} had {before.ballot}, has {ballot}"
+        if ballot.term == before.ballot.term and before.ballot.voted_for is not None:
+            assert ballot == before.ballot, f"one vote a term: {name} had {before.ballot}, has {ballot}"
+        assert disk.commit_id >= before.disk_commit_id, (
+            f"commit_id never falls: {name} had {before.disk_commit_id} on disk, has {disk.commit_id}"
+        )
+        assert disk.commit_id <= len(disk.entries), f"applied entries are on disk: {name} lacks {disk.commit_id}"
+
+    def _check_basic(self, member: Member) -> None:
+        """Of the member as it is between two turns."""
+        name, raft, disk, before = member.name, member.raft, member.disk, self._looks[member.name]
+        assert raft.ballot == disk.ballot, f"memory equals disk: {name} has {raft.ballot}, on disk {disk.ballot}"
+        assert raft.journal.last == disk.last, (
+            f"memory equals disk: {name} ends with {raft.journal.last}, on disk with {disk.last}"
+        )
+        assert raft.journal.written == disk.last.id.commit_id, f"memory equals disk: {name} has entries to write"
+        assert raft.commit_id >= before.commit_id, (
+            f"commit_id never falls: {name} had {before.commit_id}, has {raft.commit_id}"
+        )
+        assert raft.applied >= before.applied, f"applied never falls: {name} had {before.applied}, has {raft.applied}"
+        assert raft.applied <= raft.commit_id <= disk.last.id.commit_id, (
+            f"applied <= commit_id <= last: {name} has {raft.applied}, {raft.commit_id}, {disk.last.id.commit_id}"
+        )
+        assert len(member.applied) == raft.applied, f"each entry is applied once: {name}"
+
+    def _check_log_matching(self, member: Member) -> None:
+        """Equal ids have equal checksums, which cover all that comes before; terms never fall along a log."""
+        log = member.disk.entries
+        length, last = self._logs[member.name]
+        only_grown = 0 < length <= len(log) and log[length - 1] is last
+        for n in range(length if only_grown else 0, len(log)):
+            entry = log[n]
+            known = self._checksums.setdefault(entry.id, entry.checksum)
+            assert entry.checksum == known, f"log matching: {member.name} has another history up to {entry.id}"
+            assert entry.commit_id == n + 1, f"positions have no holes: {member.name} has {entry.id} at {n + 1}"
+            assert n == 0 or log[n - 1].term <= entry.term, f"terms never fall along the log: {member.name} at {n + 1}"
+        self._logs[member.name] = (len(log), log[-1] if log else None)
+
+    def _check_applied(self, member: Member) -> None:
+        """What a member newly applied is what all others have applied there."""
+        for entry in member.applied[self._looks[member.name].applied :]:
+            if entry.commit_id > len(self.chosen):
+                self._check_majority(entry)
+                self.chosen.append(Chosen(entry.id, entry.checksum, member.raft.term))
+            chosen = self.chosen[entry.commit_id - 1]
+            assert (chosen.id, chosen.checksum) == (entry.id, entry.checksum), (
+                f"state-machine safety: {member.name} applied {entry.id}, another member {chosen.id}"
+            )
+
+    def _check_majority(self, entry: Entry) -> None:
+        """An entry is applied first when a majority of the disks has it (thesis 3.5, 10.2.1)."""
+        copies = [name for name, member in self._members.items() if member.disk.holds(entry.id)]
+        assert len(copies) > len(self._members) // 2, (
+            f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
+        )
+
+    def _check_leader(self, member: Member) -> None:
+        raft = member.raft
+        if not raft.is_leader:
+            return
+        first = raft.term not in self._leaders
+        leader = self._leaders.setdefault(raft.term, member.name)
+        assert leader == member.name, f"election safety: {leader} and {member.name} lead term {raft.term}"
+        if first:
+            for chosen in self.chosen:
+                assert chosen.by_term >= raft.term or member.disk.holds(chosen.id), (
+                    f"leader completeness: {member.name} leads term {raft.term} without {chosen.id}"
+                )
+
+    def _check_reads(self, member: Member) -> None:
+        for token, shown in member.reads.answered.items():
+            floor = self._read_floors.get(token)
+            if floor is not None:
+                assert shown >= floor, f"linearizable reads: {token!r} shows {shown}, {floor} was committed before it"
+                del self._read_floors[token]

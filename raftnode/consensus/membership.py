@@ -14,7 +14,7 @@ from msgspec import Struct
 
 def cluster_id(addresses: Collection[str]) -> str:
     """The id of the cluster founded by these members: nodes that were given other sets refuse each other by it."""
-    return hashlib.sha256(",".join(sorted(addresses)).encode()).hexdigest()[:16]
+    return hashlib.sha256(",".join(sorted(set(addresses))).encode()).hexdigest()[:16]
 
 
 class Membership(Struct, frozen=True, kw_only=True):

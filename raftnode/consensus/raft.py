@@ -258,8 +258,8 @@ class Raft:
         led = self.is_leader
         if term > self.term:
             self._set_ballot(self.ballot.in_term(term))
-        if leader is None or leader != self.leader:
-            self._matched = 0
+        self._matched = 0  # even if the leader is one that was known: what matched in its last term says nothing here
+        self.complaint = ""
         self._set_role(Role.FOLLOWER)
         self.leader = leader
         if led:
@@ -359,6 +359,7 @@ class Raft:
             self.complaint = str(difference)
             self._refuse(ticket, message, "checksum")
             return
+        self.complaint = ""
         self._matched = max(self._matched, match)
         self._commit_to(min(message.commit_id, match))
         answer = DataAnswer(data=True, term=self.term, commit_id=self.commit_id, match=match)
@@ -446,6 +447,7 @@ class Raft:
         if answer.data:
             assert answer.match <= self.journal.last.id.commit_id, f"{peer} matches what was never sent"
             progress.acknowledged(answer.match)
+            self.complaint = ""
             self._count_copies()
         elif progress.is_stale(answer.asked):
             return

@@ -487,8 +487,8 @@ class Raft:
         return out
 
     def written(self) -> None:
-        """The transaction of the last `ready` is on disk; now this node counts its own copy."""
-        self.journal.mark_written()
+        """What the last `ready` asked for is on disk; now this node counts its own copy."""
+        assert not self.journal.has_unwritten, "a copy counts once it is on disk"
         if self.is_leader:
             self._count_copies()
 

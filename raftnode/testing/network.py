@@ -114,6 +114,7 @@ class Disk:
             self.entries.append(entry)
         self.ballot, self.commit_id = ballot, commit_id
         self.writes += 1
+        journal.mark_written()
 
     def journal(self) -> Journal:
         """The journal of a member that starts from this disk."""

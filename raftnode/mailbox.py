@@ -1,0 +1,102 @@
+"""What the queue between transport and election carries. Layer 1: plain values, and the one drain.
+
+An item is a list of letters: what one read from one socket gave. The queue's size is a limit (`mailbox_batches`); past
+it the transport answers `overloaded` itself.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from raftnode.messages import Answer, AnyAnswer, AnyRequest, HelloAnswer, failure
+
+
+class Origin(Protocol):
+    """Where a request came from, and where its answer goes."""
+
+    peer: str | None
+    """The member at the other end, once it has said hello; None for clients."""
+    client: str
+    """Who asks, for the log: an address."""
+
+    def answer(self, arrival: Arrival, answer: Answer) -> None:
+        """Send the answer; each arrival gets exactly one."""
+        ...
+
+    @property
+    def is_full(self) -> bool:
+        """True while the other end has not taken what it was sent: more must wait."""
+        ...
+
+    def defer(self, arrival: Arrival) -> None:
+        """Bring this request again when there is room for its answer."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A request, and the way back."""
+
+    message: AnyRequest
+    origin: Origin
+    deadline: float = 0.0
+    """Monotonic seconds; set by the election when it takes the request."""
+    done: bool = False
+
+    def answer(self, answer: Answer) -> None:
+        """Answer once; what comes later (a forwarded request whose time was up) is dropped."""
+        if not self.done:
+            self.done = True
+            self.origin.answer(self, answer)
+
+    def refuse(self, code: str, message: str) -> None:
+        """Answer with an error of the request's own type."""
+        self.answer(failure(self.message.name, code, message))
+
+
+@dataclass(slots=True)
+class Reply:
+    """A member's answer to a request of ours. `forwarded` is the client's request that was passed on to it."""
+
+    peer: str
+    answer: AnyAnswer
+    forwarded: Arrival | None = None
+
+
+@dataclass(slots=True)
+class Greeting:
+    """A member's answer to our hello: the link is not used before the election has checked it."""
+
+    peer: str
+    answer: HelloAnswer
+
+
+@dataclass(slots=True)
+class Cut:
+    """A connection to or from a member has ended; these forwarded requests were under way on it."""
+
+    peer: str
+    forwarded: list[Arrival]
+
+
+@dataclass(slots=True)
+class Task:
+    """Something that another thread wants done on the election's."""
+
+    run: Callable[[], Any]
+
+
+Letter = Arrival | Reply | Greeting | Cut | Task
+Mailbox = queue.Queue[list[Letter]]
+
+
+def drain(mailbox: Mailbox) -> list[Letter]:
+    """Everything in the mailbox now, in order, under one lock."""
+    with mailbox.mutex:
+        batches = list(mailbox.queue)
+        mailbox.queue.clear()
+        mailbox.not_full.notify_all()
+    return [letter for batch in batches for letter in batch]

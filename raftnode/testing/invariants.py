@@ -12,10 +12,11 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from raftnode.consensus.ballot import Ballot
-from raftnode.messages import Entry, EntryId
+from raftnode.consensus.membership import Membership
+from raftnode.messages import DataAnswer, Entry, EntryId, VoteAnswer, VoteRequest
 
 if TYPE_CHECKING:
-    from raftnode.testing.network import Member
+    from raftnode.testing.network import Envelope, Member
 
 
 class Chosen(NamedTuple):
@@ -39,8 +40,9 @@ class Look(NamedTuple):
 class Invariants:
     """Checks one cluster from its first turn on. `check` is called after each turn with the member that took it."""
 
-    def __init__(self, members: Mapping[str, Member]) -> None:
+    def __init__(self, members: Mapping[str, Member], membership: Membership) -> None:
         self._members = members
+        self._membership = membership
         self.chosen: list[Chosen] = []
         """What was committed, by position: `chosen[n]` has commit_id `n + 1`."""
         self._leaders: dict[int, str] = {}
@@ -59,6 +61,25 @@ class Invariants:
             self._check_leader(member)
             self._check_reads(member)
         self._look(member)
+
+    def sent(self, member: Member, envelope: Envelope) -> None:
+        """A message leaves `member`: what it says must be on the disk already (thesis 3.8; FACTS 1.1, 1.2)."""
+        name, disk, message = member.name, member.disk, envelope.message
+        if isinstance(message, VoteRequest | VoteAnswer) and message.pre_vote:
+            return  # promises nothing
+        assert message.term <= disk.ballot.term, (
+            f"disk before words: {name} speaks in term {message.term}, on disk is {disk.ballot}"
+        )
+        if isinstance(message, VoteRequest):
+            assert disk.ballot == Ballot(message.term, name), f"disk before words: {name} asks on {disk.ballot}"
+        if isinstance(message, VoteAnswer) and message.data:
+            assert disk.ballot == Ballot(message.term, envelope.target), (
+                f"disk before words: {name} votes for {envelope.target}, on disk is {disk.ballot}"
+            )
+        if isinstance(message, DataAnswer) and message.data:
+            assert message.match <= len(disk.entries), (
+                f"disk before words: {name} acknowledges {message.match}, on disk are {len(disk.entries)}"
+            )
 
     def restarted(self, member: Member) -> None:
         """`member` has come back from its disk: in memory it may have fallen behind what it knew, on disk not."""
@@ -130,7 +151,7 @@ class Invariants:
     def _check_majority(self, entry: Entry) -> None:
         """An entry is applied first when a majority of the disks has it (thesis 3.5, 10.2.1)."""
         copies = [name for name, member in self._members.items() if member.disk.holds(entry.id)]
-        assert len(copies) > len(self._members) // 2, (
+        assert self._membership.is_majority(copies), (
             f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
         )
 

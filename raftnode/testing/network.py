@@ -43,6 +43,7 @@ from raftnode.messages import (
     PutCommand,
     VoteAnswer,
     VoteRequest,
+    chain,
     decode_answer,
     decode_command,
     decode_request,
@@ -64,6 +65,20 @@ def key_of(entry: Entry) -> str | None:
     """The key that an entry writes; None for entries that write none, such as a new leader's no-op."""
     command: AnyCommand = decode_command(entry.command)
     return command.key if isinstance(command, PutCommand) else None
+
+
+def history(*terms: int) -> list[Entry]:
+    """A log whose entries have these terms, each with its right checksum.
+
+    Equal terms up to a position give equal entries up to there, as if one leader had made them.
+    """
+    entries: list[Entry] = []
+    checksum = 0
+    for commit_id, term in enumerate(terms, start=1):
+        command = put(f"{term}/{commit_id}")
+        checksum = chain(checksum, term, commit_id, 0, command)
+        entries.append(Entry(term, commit_id, 0, checksum, command))
+    return entries
 
 
 class Disk:
@@ -310,8 +325,11 @@ class Network:
     its link is cut, or its target is down, at the moment of delivery.
     """
 
-    def __init__(self, size: int = 3, seed: int = 0, settings: Settings | None = None) -> None:
-        """`size` founding members, "1" to str(size). `seed` decides every random choice."""
+    def __init__(self, size: int = 3, seed: int = 0, settings: Settings | None = None, learners: int = 0) -> None:
+        """`size` founding voters, "1" to str(size), and after them `learners`, who replicate but do not vote.
+
+        `seed` decides every random choice.
+        """
         self.random = random.Random(seed)
         self.settings = settings or Settings()
         self.now = 0.0
@@ -320,13 +338,13 @@ class Network:
         """Called with "sent", "delivered" or "lost" and the message; for transcripts."""
         self._cut: set[tuple[str, str]] = set()
         self._sent = 0
-        names = [str(n + 1) for n in range(size)]
-        founding = Membership.founding(names)
+        names = [str(n + 1) for n in range(size + learners)]
+        founding = Membership(voters=dict.fromkeys(names[:size], ""), learners=dict.fromkeys(names[size:], ""))
         self.members = {
             name: Member(name, Disk(founding), self.settings, random.Random(self.random.getrandbits(64)), self.now)
             for name in names
         }
-        self.invariants = Invariants(self.members)
+        self.invariants = Invariants(self.members, founding)
 
     def __getitem__(self, name: str) -> Member:
         return self.members[name]
@@ -350,6 +368,7 @@ class Network:
         for target, frame, is_answer in member.turn(self.now, inputs):
             self._sent += 1
             envelope = Envelope(self._sent, name, target, frame, is_answer)
+            self.invariants.sent(member, envelope)
             self.in_flight.append(envelope)
             self.watch("sent", envelope)
         self.invariants.check(member)
@@ -370,6 +389,28 @@ class Network:
         self.campaign(name)
         self.deliver()
         assert self[name].raft.is_leader, f"{name} was to lead but is {self[name].raft.role}"
+
+    def ask(self, source: str, target: str, request: PeerRequest) -> PeerAnswer:
+        """Hand `target` a request that the test made up, as if it came from `source`, and return its answer, which is
+        not sent. What the rules say of one member is tested so, message by message."""
+        self.turn(target, lambda raft: raft.step(source, request))
+        answers = [envelope for envelope in self.select(target, source) if envelope.is_answer]
+        assert answers, f"{target} has not answered {request}"
+        self.in_flight.remove(answers[-1])
+        answer = answers[-1].message
+        assert isinstance(answer, VoteAnswer | HeartbeatAnswer | DataAnswer), "the envelope says that it is an answer"
+        return answer
+
+    def give_log(self, name: str, *terms: int) -> None:
+        """Let a member start anew with a log of these terms (see `history`), in the term of its newest entry."""
+        member = self[name]
+        if member.is_up:
+            member.crash()
+        assert not member.disk.commit_id, "what is committed stays"
+        member.disk.entries = history(*terms)
+        if member.disk.ballot.term < max(terms, default=0):
+            member.disk.ballot = Ballot(max(terms))
+        self.restart(name)
 
     def propose(self, name: str, *keys: str) -> list[int]:
         """Client writes at a leader, in one turn. Returns their commit_ids; appended is not yet committed. One that

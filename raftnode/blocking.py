@@ -1,12 +1,16 @@
-"""A blocking connection that carries one request at a time: for the client and for other threads. Layer 2."""
+"""Blocking connections, one request at a time: for the client, and for threads beside the loop. Layer 2."""
 
 from __future__ import annotations
 
 import socket
+import threading
 import time
+from collections.abc import Callable
+from typing import Any
 
 from raftnode.config import parse_address
 from raftnode.errors import ProtocolError
+from raftnode.messages import decode_object, encode_object
 
 
 class ConnectFailed(OSError):
@@ -14,7 +18,7 @@ class ConnectFailed(OSError):
 
 
 class LineConnection:
-    """A socket that speaks lines. After any failure it is closed, so that a late answer is never taken for another's."""
+    """A socket that speaks lines. After a failure it is closed, so that a late answer is never taken for another's."""
 
     def __init__(self, address: str, timeout: float, limit: int) -> None:
         """Connect to `host:port` within `timeout` seconds. `limit`: longest answer in bytes. Raises ConnectFailed."""
@@ -70,3 +74,62 @@ class LineConnection:
 
     def close(self) -> None:
         self._socket.close()
+
+
+class Caller:
+    """A connection to one address that is opened when needed and kept; any thread may call, one at a time."""
+
+    def __init__(self, address: str, timeout: float, limit: int, greeting: Callable[[], bytes | None]) -> None:
+        """`greeting` gives the line that a new connection begins with, None for none."""
+        self.address = address
+        self._timeout = timeout
+        self._limit = limit
+        self._greeting = greeting
+        self._lock = threading.Lock()
+        self._connection: LineConnection | None = None
+
+    def exchange(self, message: dict[str, Any]) -> dict[str, Any]:
+        """One request and its answer. Raises ConnectFailed when nothing was sent, ProtocolError when the other side
+        refused the greeting or answered what is no JSON, OSError when the request may have been taken."""
+        line = encode_object(message)
+        with self._lock:
+            if self._connection is not None and self._connection.is_stale():
+                self._close()
+            connection = self._connection or self._open()
+            try:
+                return decode_object(connection.request(line, self._timeout))
+            except (OSError, ProtocolError):
+                self._close()
+                raise
+
+    def reconnect(self) -> None:
+        """A new connection in place of the old. Raises ConnectFailed or ProtocolError."""
+        with self._lock:
+            self._close()
+            self._open()
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _open(self) -> LineConnection:
+        connection = LineConnection(self.address, self._timeout, self._limit)
+        greeting = self._greeting()
+        if greeting is not None:
+            try:
+                answer = decode_object(connection.request(greeting, self._timeout))
+            except OSError as error:
+                raise ConnectFailed(f"{self.address}: {error}") from error
+            if answer.get("data") is not True:
+                connection.close()
+                detail = answer.get("error") or {}
+                raise ProtocolError(
+                    detail.get("code", "bad_request"), f"{self.address} refused us: {detail.get('message')}"
+                )
+        self._connection = connection
+        return connection
+
+    def _close(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None

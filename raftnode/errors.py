@@ -98,3 +98,14 @@ class NotCommitted(RequestError):
 
 class NodeDamaged(RequestError):
     """The node found a damaged record and says so rather than answer with it."""
+
+
+def error_for(code: str, message: str) -> RequestError:
+    """The typed error for a code of the wire. A code of a newer version counts as an open outcome: the safe reading."""
+    if code in ("bad_request", "unknown_type", "too_large", "key_too_long", "unsupported"):
+        return BadRequest(code, message)
+    if code in ("no_leader", "overloaded", "storage_full", "shutting_down"):
+        return Unavailable(code, message)
+    if code == "damaged":
+        return NodeDamaged(code, message)
+    return NotCommitted(code, message)

@@ -7,7 +7,7 @@ it the transport answers `overloaded` itself.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -91,6 +91,22 @@ class Task:
 
 Letter = Arrival | Reply | Greeting | Cut | Task
 Mailbox = queue.Queue[list[Letter]]
+
+
+def insert(mailbox: Mailbox, letters: Sequence[Letter], limited: bool) -> bool:
+    """Put letters in; False when it is full. What members and other threads say is not limited: it can't be refused,
+    and there is little of it, as they wait for answers."""
+    batch = list(letters)
+    if limited:
+        try:
+            mailbox.put_nowait(batch)
+        except queue.Full:
+            return False
+    else:
+        with mailbox.mutex:
+            mailbox.queue.append(batch)
+            mailbox.not_empty.notify()
+    return True
 
 
 def drain(mailbox: Mailbox) -> list[Letter]:

@@ -232,6 +232,8 @@ class Hello(Request, tag="hello", kw_only=True):
     node: str
     address: str
     protocol: Count = PROTOCOL_VERSION
+    link: bool = True
+    """This is the member's one link, in place of an older one; false for a single request from another thread."""
 
 
 class Staged(Struct, kw_only=True):

@@ -107,9 +107,7 @@ class Raft:
         self._heartbeat_due = now
         self._ballot_changed = False
         self._out = Ready()
-        self._arm_election()
-        if not self._has_rivals():
-            self._election_due = now  # nobody to wait for: a cluster of one serves at once
+        self.rearm()
 
     # --- what others may look at ---
 
@@ -157,6 +155,12 @@ class Raft:
             self._lead_on()
         elif self._now >= self._election_due:
             self.campaign()
+
+    def rearm(self) -> None:
+        """Start the election timer anew; a cluster of one has nobody to wait for, and may campaign at once."""
+        self._arm_election()
+        if not self._has_rivals():
+            self._election_due = self._now
 
     def suspect(self, peer: str) -> None:
         """The connection from `peer` was cut, as a crash does. If it led, campaign soon: pre-vote makes that safe,
@@ -501,6 +505,21 @@ class Raft:
         self.reads.start()
         self._finish_reads(self.reads.number)
 
+    def feed(self, peer: str) -> None:
+        """As leader, send `peer` the entries that it lacks, or else a heartbeat."""
+        if not self.is_leader or peer not in self.progress:
+            return
+        progress, last = self.progress[peer], self.journal.last.id.commit_id
+        if progress.may_send(last, self._settings.window_batches):
+            self._send_entries(peer, progress, last)
+        else:
+            self._send_heartbeat(peer)
+
+    def beat(self) -> None:
+        """As leader, send heartbeats to all now."""
+        if self.is_leader:
+            self._send_heartbeats()
+
     def _replicate(self) -> None:
         """Send every member the entries that it lacks, as far as its window lets, and start a read round if due."""
         last = self.journal.last.id.commit_id
@@ -534,9 +553,12 @@ class Raft:
     def _send_heartbeats(self) -> None:
         self._heartbeat_due = self._now + self._beat
         for peer in self.others:
-            self.progress[peer].told = self.commit_id
-            beat = Heartbeat(term=self.term, leader=self.me, commit_id=self.commit_id, round=self.reads.number)
-            self._send(peer, beat)
+            self._send_heartbeat(peer)
+
+    def _send_heartbeat(self, peer: str) -> None:
+        self.progress[peer].told = self.commit_id
+        beat = Heartbeat(term=self.term, leader=self.me, commit_id=self.commit_id, round=self.reads.number)
+        self._send(peer, beat)
 
     def _hand_out_committed(self) -> list[Entry]:
         if self.applied == self.commit_id:

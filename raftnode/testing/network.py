@@ -377,18 +377,26 @@ class Network:
         """The member's election timer has run out."""
         self.turn(name, lambda raft: raft.campaign())
 
+    def lose_leaders(self) -> None:
+        """Every follower loses its connection to its leader, as when that one dies: none of them defends it now."""
+        for name, member in self.members.items():
+            if member.takes_turns and (leader := member.raft.leader) not in (None, name):
+                assert leader is not None
+                member.raft.suspect(leader)
+
     def elect(self, name: str) -> None:
-        """Make `name` the leader: its peers lose their connection to the one they have, and it campaigns.
+        """Make `name` the leader: followers lose their leaders, and it campaigns; a second time, if all that it got
+        from the first is a newer term.
 
         Fails when it can't win, as its log is behind or no majority can be reached.
         """
-        for other, member in self.members.items():
-            if member.takes_turns and other != name and (leader := member.raft.leader) not in (None, other):
-                assert leader is not None
-                member.raft.suspect(leader)
-        self.campaign(name)
-        self.deliver()
-        assert self[name].raft.is_leader, f"{name} was to lead but is {self[name].raft.role}"
+        for _ in range(2):
+            self.lose_leaders()
+            self.campaign(name)
+            self.deliver()
+            if self[name].raft.is_leader:
+                return
+        raise AssertionError(f"{name} was to lead but is {self[name].raft.role}")
 
     def ask(self, source: str, target: str, request: PeerRequest) -> PeerAnswer:
         """Hand `target` a request that the test made up, as if it came from `source`, and return its answer, which is

@@ -1,0 +1,309 @@
+"""The two kinds of connection on the node's loop: a `Connection`, which others opened, and a `Link`, which we did.
+Layer 2.
+
+Both only move messages between socket and mailbox. Answers and requests collect in `_out` and go out in one write when
+the cycle flushes, which is one system call for a whole batch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections import deque
+from typing import TYPE_CHECKING, cast
+
+from msgspec import UNSET
+
+from raftnode.errors import ProtocolError
+from raftnode.framing import Frame, Framer, TooLong, split_line
+from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply
+from raftnode.messages import (
+    Answer,
+    ClientRequest,
+    Hello,
+    HelloAnswer,
+    Malformed,
+    PeerRequest,
+    decode_answer,
+    decode_request,
+    encode,
+    failure,
+)
+
+if TYPE_CHECKING:
+    from raftnode.transport import Transport
+
+
+class Wire(asyncio.Protocol):
+    """What both ends share: framing in, batched writes out."""
+
+    transport: asyncio.Transport
+
+    def __init__(self, owner: Transport, limit: int) -> None:
+        self.owner = owner
+        self.framer = Framer(limit)
+        self.is_open = False
+        self.writable = True
+        """False while the other end does not take what it was sent."""
+        self.blocked_since: float | None = None
+        self._out: list[bytes] = []
+        self._out_bytes = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=self.owner.settings.send_buffer_bytes)
+        self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.is_open = True
+
+    def send(self, message: Answer | PeerRequest | ClientRequest | Hello) -> None:
+        """Put a message into the batch that goes out with the next flush."""
+        line = encode(message)
+        self._out.append(line)
+        self._out_bytes += len(line)
+        self.owner.unflushed.add(self)
+
+    def flush(self) -> None:
+        """Write the batch."""
+        if self.is_open and self._out:
+            self.transport.write(b"".join(self._out))
+        self._out.clear()
+        self._out_bytes = 0
+
+    def pause_writing(self) -> None:
+        self.writable = False
+        self.blocked_since = self.owner.now()
+
+    def resume_writing(self) -> None:
+        self.writable = True
+        self.blocked_since = None
+
+    def cut(self) -> None:
+        """End the connection at once."""
+        if self.is_open:
+            self.transport.abort()
+
+
+class Connection(Wire):
+    """A connection that a client or another member opened.
+
+    Requests with an id may overlap. Those without are carried out one after the other, so their answers keep the order
+    of the requests. Invariant: at most `pipeline_requests` are under way; the rest waits in `_backlog`, and while there
+    is a backlog, or the other end does not take its answers, nothing more is read.
+    """
+
+    def __init__(self, owner: Transport) -> None:
+        super().__init__(owner, owner.settings.frame_bytes)
+        self.peer: str | None = None
+        self.client = ""
+        self.last_frame_at = owner.now()
+        """When the last whole message came; a message that is begun must be whole within `stall_timeout_ms`."""
+        self._backlog: deque[Arrival] = deque()
+        self._under_way = 0
+        self._in_order = False  # a request without id is under way
+        self._half_closed = False
+
+    # --- asyncio's side ---
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        address = self.transport.get_extra_info("peername")
+        self.client = f"{address[0]}:{address[1]}" if address else "?"
+        if not self.owner.admit_connection(self):
+            self.send(failure("error", "overloaded", "this node has as many connections as it takes; try another node"))
+            self.flush()
+            self.transport.close()
+
+    def data_received(self, data: bytes) -> None:
+        arrivals: list[Arrival] = []
+        for frame in self.framer.feed(data):
+            self._take_frame(frame, arrivals)
+        self._dispatch(arrivals)
+
+    def eof_received(self) -> bool:
+        """The other end has said all; it still gets its answers (`printf ... | nc`)."""
+        arrivals: list[Arrival] = []
+        for frame in self.framer.at_end():
+            self._take_frame(frame, arrivals)
+        self._half_closed = True
+        self._dispatch(arrivals)
+        self._close_when_done()
+        return True
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - how it ended makes no difference
+        self.is_open = False
+        self._backlog.clear()
+        self.owner.forget_connection(self)
+
+    # --- in ---
+
+    def _take_frame(self, frame: Frame, arrivals: list[Arrival]) -> None:
+        self.last_frame_at = self.owner.now()
+        if isinstance(frame, TooLong):
+            limit = self.framer.limit
+            self.send(
+                failure("error", "too_large", f"a message of more than {limit} bytes; the rest of its line is dropped")
+            )
+            return
+        try:
+            arrivals.append(Arrival(decode_request(frame), self))
+        except Malformed as error:
+            parts = split_line(frame)
+            if len(parts) == 1 or self.framer.lines_only:
+                self.send(error.answer())
+            else:
+                for part in parts:
+                    self._take_frame(part, arrivals)
+
+    def _dispatch(self, arrivals: list[Arrival]) -> None:
+        """To the mailbox with them, as far as order and limits let; the rest waits."""
+        if not arrivals:
+            return
+        free = self.owner.settings.pipeline_requests - self._under_way
+        if (
+            not self._backlog
+            and self.writable
+            and len(arrivals) <= free
+            and all(a.message.id is not UNSET for a in arrivals)
+        ):
+            self._under_way += len(arrivals)
+            self.owner.deliver(arrivals)
+            return
+        self._backlog.extend(arrivals)
+        self._pump()
+
+    def _pump(self) -> None:
+        ready: list[Arrival] = []
+        limit = self.owner.settings.pipeline_requests
+        while self._backlog and not self.is_full and self._under_way < limit:
+            has_id = self._backlog[0].message.id is not UNSET
+            if self._in_order and not has_id:
+                break
+            self._in_order = self._in_order or not has_id
+            self._under_way += 1
+            ready.append(self._backlog.popleft())
+        if ready:
+            self.owner.deliver(ready)
+        if self.is_open and not self._half_closed:
+            if self._backlog:
+                self.transport.pause_reading()
+            else:
+                self.transport.resume_reading()
+
+    # --- out ---
+
+    @property
+    def is_full(self) -> bool:
+        return not self.writable or self._out_bytes > self.owner.settings.send_buffer_bytes
+
+    @property
+    def is_idle(self) -> bool:
+        """True when nothing is under way and nothing half received."""
+        return self._under_way == 0 and not self._backlog and not self.framer.pending
+
+    def answer(self, arrival: Arrival, answer: Answer) -> None:
+        self._finish(arrival)
+        if self.is_open:
+            answer.id = arrival.message.id
+            self.send(answer)
+
+    def defer(self, arrival: Arrival) -> None:
+        self._finish(arrival)
+        self._backlog.appendleft(arrival)
+
+    def _finish(self, arrival: Arrival) -> None:
+        self._under_way -= 1
+        if arrival.message.id is UNSET:
+            self._in_order = False
+
+    def flush(self) -> None:
+        super().flush()
+        if self._backlog:
+            self._pump()
+        self._close_when_done()
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        self._pump()
+
+    def _close_when_done(self) -> None:
+        if self._half_closed and self.is_idle and not self._out and self.is_open:
+            self.transport.close()
+
+    def close_after_answer(self) -> None:
+        """Send what is due, then end the connection: a member that was refused."""
+        self._half_closed = True
+
+    def become_link_of(self, peer: str) -> None:
+        """The other end is a member: it may send whole batches, and always ends its lines."""
+        self.peer = peer
+        self.framer.limit = self.owner.settings.peer_frame_bytes
+        self.framer.lines_only = True
+
+
+class Link(Wire):
+    """Our connection to another member: requests out, answers in. Not used before the election has admitted it."""
+
+    def __init__(self, owner: Transport, peer: str) -> None:
+        super().__init__(owner, owner.settings.peer_frame_bytes)
+        self.peer = peer
+        self.framer.lines_only = True
+        self.is_ready = False
+        """True once both sides have said hello and agreed."""
+        self.ended = asyncio.get_running_loop().create_future()
+        self._next_id = 0
+        self._waiting: dict[int, tuple[float, Arrival | None]] = {}
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        self._request(self.owner.hello())
+        self.flush()
+
+    def post(self, message: PeerRequest) -> None:
+        """Send a request of the consensus; its answer comes by the mailbox. One link's requests keep their order."""
+        if self.is_ready and self.writable:
+            self._request(message)
+
+    def forward(self, request: ClientRequest, arrival: Arrival) -> None:
+        """Pass on a client's request; the answer comes by the mailbox, with `arrival`."""
+        self._request(request, arrival)
+
+    def _request(self, message: PeerRequest | ClientRequest | Hello, arrival: Arrival | None = None) -> None:
+        self._next_id += 1
+        message.id = self._next_id
+        self._waiting[self._next_id] = (self.owner.now(), arrival)
+        self.send(message)
+
+    def oldest_wait(self) -> float | None:
+        """When the oldest unanswered request was sent."""
+        return next((sent for sent, _ in self._waiting.values()), None)
+
+    def data_received(self, data: bytes) -> None:
+        letters: list[Letter] = []
+        try:
+            for frame in self.framer.feed(data):
+                self._take_frame(frame, letters)
+        except ProtocolError as error:
+            self.owner.log.warning("link_broken", extra={"peer": self.peer, "why": str(error)})
+            self.cut()
+        self.owner.deliver(letters, limited=False)
+
+    def _take_frame(self, frame: Frame, letters: list[Letter]) -> None:
+        if isinstance(frame, TooLong):
+            raise ProtocolError("too_large", "an answer over the limit")
+        answer = decode_answer(frame)
+        if not isinstance(answer.id, int) or answer.id not in self._waiting:
+            detail = "" if answer.error is UNSET else f": {answer.error.message}"
+            raise ProtocolError("bad_request", f"an answer to nothing that was asked{detail}")
+        _, arrival = self._waiting.pop(answer.id)
+        if isinstance(answer, HelloAnswer):
+            letters.append(Greeting(self.peer, answer))
+        else:
+            letters.append(Reply(self.peer, answer, arrival))
+
+    def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - how it ended makes no difference
+        self.is_open = self.is_ready = False
+        forwarded = [arrival for _, arrival in self._waiting.values() if arrival is not None]
+        self._waiting.clear()
+        self.owner.deliver([Cut(self.peer, forwarded)], limited=False)
+        if not self.ended.done():
+            self.ended.set_result(None)

@@ -1,0 +1,494 @@
+"""Reading a data directory from outside: every record with the result of its check. Layer 5.
+
+A `Directory` is one LMDB read transaction: one consistent snapshot, of a live node or a dead one, and nothing is ever
+written. It differs from the store in what it does about damage: the store stops at the first record that does not match
+its checksum, this goes on, tells what is wrong, and reads what can still be read. So damage is a text beside a record
+here, and an error only when nothing at all can be read.
+
+How it gets past damage:
+
+* the log is looked up position by position, so neither a hole, nor a key that was changed, nor a page that LMDB can't
+  read hides the entries after it;
+* the checksum of an entry is seeded with the entry before. After a damaged one there are two candidates for the seed,
+  the checksum that is stored and the one computed from what is there; if the next entry fits either, it is sound, and
+  the damage is exactly one entry;
+* a committed value that does not match its checksum is read as if it did, and marked.
+
+An open Directory holds back the reuse of pages on a live node: its file grows as long as somebody reads and the node
+writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, TypeVar
+
+import lmdb
+import msgspec
+from msgspec import Struct
+
+from raftnode import records
+from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.journal import Mark
+from raftnode.consensus.membership import Membership
+from raftnode.environment import explain_open_error, open_reader
+from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreFailed, StoreForeign, StoreTooNew
+from raftnode.messages import GENESIS, LMDB_KEY_BYTES, AnyCommand, Entry, chain, decode_command
+
+_T = TypeVar("_T")
+
+_MOST_SEEDS: Final = 3
+_COMMAND_START = re.compile(
+    rb'\{"kind":("[a-z_]+")(?:,"namespace":("(?:[^"\\]|\\.)*"))?(?:,"key":("(?:[^"\\]|\\.)*"))?', re.DOTALL
+)
+"""How `encode_command` begins the command of a put or a delete: what can be told of one whose rest is damaged."""
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """What the directory says of its node. A fact is None when its record is damaged, or when there is none yet."""
+
+    format: int | None
+    node: str | None
+    cluster: str | None
+    """None until the node was founded, as `address` and the memberships."""
+    address: str | None
+    ballot: Ballot | None
+    commit_id: int | None
+    """Committed on disk; 0 before the first commit. None only when damaged."""
+    base: Mark | None
+    """The point before the first kept entry. None only when damaged."""
+    memberships: list[Membership]
+    """The newest committed one, and the staged ones after it; the last is in force."""
+    damage: list[str]
+
+
+class LogRecord(Struct, frozen=True):
+    """A place in the log, and what the check said of it. Invariant: without an `entry` there is `damage`."""
+
+    commit_id: int
+    entry: Entry | None
+    damage: str = ""
+    """What is wrong, in words; "" when the entry matches its checksum."""
+    to: int | None = None
+    """Without an entry: the last of the positions that are lost."""
+
+
+class StoredValue(Struct, frozen=True):
+    """A committed value, and what the check said of it. Invariant: without a `record` there is `damage`."""
+
+    namespace: str | None
+    """None when not even the key can be read."""
+    key: str | None
+    record: records.Record | None
+    damage: str = ""
+
+
+class Reader(Struct, frozen=True):
+    """A slot in LMDB's table of readers."""
+
+    pid: int
+    thread: str
+    transaction: int | None
+    """The snapshot that it holds; None while it holds none."""
+
+
+class Directory:
+    """An open data directory, for reading. A context manager; `close` ends it.
+
+    Public facts: `path`, `facts`, `first` and `last` (commit_ids; `last` is below `first` in an empty log).
+    """
+
+    def __init__(self, path: Path, map_bytes: int) -> None:
+        """Raises StoreForeign, StoreTooNew, StoreDamaged or StoreFailed, each saying what to do."""
+        self.path = path
+        self._env = _open(path, map_bytes)
+        try:
+            self._dbs = self._open_databases()
+            self._txn = self._env.begin()
+            self.facts = self._read_facts()
+            self.first, self.last = self._ends()
+        except lmdb.Error as error:
+            self._env.close()
+            raise explain_open_error(path, error) from error
+        except BaseException:
+            self._env.close()
+            raise
+
+    def __enter__(self) -> Directory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the snapshot. May be called twice."""
+        self._txn.abort()
+        self._env.close()
+
+    # --- opening ---
+
+    def _open_databases(self) -> dict[bytes, lmdb._Database]:
+        try:
+            return {name: self._env.open_db(name, create=False) for name in records.DATABASES}
+        except lmdb.NotFoundError as error:
+            raise self._empty() from error
+        except lmdb.IncompatibleError as error:
+            raise StoreForeign(
+                f"{self.path / records.DATA_FILE} is an LMDB file of another program: give the data directory of a node"
+            ) from error
+
+    def _empty(self) -> StoreForeign:
+        return StoreForeign(f"{self.path} holds no node yet: its first start was not finished")
+
+    def _read_facts(self) -> Facts:
+        damage: list[str] = []
+
+        def fact(name: bytes, type: Any, missing: object = None) -> Any:
+            try:
+                stored = self._txn.get(name, db=self._dbs[records.META])
+                return missing if stored is None else records.unpack_meta(name, bytes(stored), type)
+            except StoreDamaged as error:
+                damage.append(str(error))
+            except lmdb.Error as error:
+                damage.append(f"the record {name.decode()!r} of the node can't be read: {error}")
+                self._renew()
+            return None
+
+        format_version = fact(b"format", int)
+        self._check_format(format_version, damage)
+        return Facts(
+            format=format_version,
+            node=fact(b"node", str),
+            cluster=fact(b"cluster", str),
+            address=fact(b"address", str),
+            ballot=fact(b"ballot", Ballot, Ballot()),
+            commit_id=fact(b"commit_id", int, 0),
+            base=fact(b"base", Mark, Mark(GENESIS, 0)),
+            memberships=fact(b"memberships", list[Membership], []) or [],
+            damage=damage,
+        )
+
+    def _check_format(self, found: int | None, damage: list[str]) -> None:
+        """Nothing but the record of the format may be read of a newer directory: all else may mean something else."""
+        if found is not None and found > records.FORMAT:
+            raise StoreTooNew(
+                f"{self.path} was written in format {found}; this raftnode reads up to {records.FORMAT}: inspect it "
+                "with the newer raftnode"
+            )
+        if found is None and not damage:
+            if not any(self._count(name) for name in records.DATABASES):
+                raise self._empty()
+            damage.append("the record 'format' of the node is missing")
+
+    def _ends(self) -> tuple[int, int]:
+        """The first and last commit_id that should be there: counted, as any single key may be damaged."""
+        base, committed = self.facts.base, self.facts.commit_id or 0
+        if base is not None:
+            return base.id.commit_id + 1, max(base.id.commit_id + self._count(records.LOG), committed)
+        first = self._position_from(b"")
+        if first is None:
+            return 1, 0
+        return first, max(first - 1 + self._count(records.LOG), committed)
+
+    def _renew(self) -> None:
+        """A new transaction in place of one that met a damaged page: LMDB lets nothing more be done with that one.
+
+        It is the same snapshot unless a node has written meanwhile. What has committed does not change, so a listing
+        may go on.
+        """
+        self._txn.abort()
+        self._txn = self._env.begin()
+
+    def _guarded(self, read: Callable[[], _T]) -> _T:
+        """Do one read; when it meets a page that LMDB can't read, raise StoreDamaged and leave a usable transaction."""
+        try:
+            return read()
+        except lmdb.Error as error:
+            self._renew()
+            raise StoreDamaged(str(error)) from error
+
+    # --- the log ---
+
+    def entries(self, first: int = 1, last: int | None = None) -> Iterator[LogRecord]:
+        """The kept entries from `first` to `last` (default: all), in order, each checked. Seeks to `first`, keeps
+        nothing: a million entries need no more memory than ten."""
+        upto = self.last if last is None else min(last, self.last)
+        first = max(first, self.first)
+        start = max(first - 1, self.first)  # one before, so that the seed is sound even if its stored checksum is not
+        seeds = self._seed(start)
+        lost: LogRecord | None = None
+        for commit_id in range(start, upto + 1):
+            stored, problem = self._look_up(commit_id)
+            if stored is None:
+                seeds = ()
+                if commit_id >= first:
+                    lost, done = _add_lost(lost, commit_id, problem)
+                    yield from done
+                continue
+            if lost is not None:
+                yield lost
+                lost = None
+            record, seeds = _check(commit_id, stored, seeds)
+            if commit_id >= first:
+                yield record
+        if lost is not None:
+            yield lost
+        yield from self._strays(last)
+
+    def _seed(self, start: int) -> tuple[int, ...]:
+        """The checksum before `start`; nothing when it can't be told, and then the first entry goes unchecked."""
+        if start == self.first:
+            return () if self.facts.base is None else (self.facts.base.checksum,)
+        stored, _ = self._look_up(start - 1)
+        if stored is not None:
+            with contextlib.suppress(StoreDamaged):
+                return (records.unpack_entry(start - 1, stored).checksum,)
+        return ()
+
+    def _look_up(self, commit_id: int) -> tuple[bytes | None, str]:
+        """The stored bytes of a position, or why there are none."""
+        try:
+            stored = self._txn.get(records.log_key(commit_id), db=self._dbs[records.LOG])
+        except lmdb.Error as error:
+            self._renew()
+            return None, f"can't be read: {error}"
+        return (None, "not in the log") if stored is None else (bytes(stored), "")
+
+    def _strays(self, last: int | None) -> Iterator[LogRecord]:
+        """Entries past the end that the count gives: with a hole in the log, or when a key was changed."""
+        commit_id = self.last + 1
+        while last is None or commit_id <= last:
+            try:
+                found = self._position_from(records.log_key(commit_id))
+            except (StoreDamaged, struct.error) as error:
+                yield LogRecord(commit_id, None, f"what follows entry {commit_id - 1} can't be read: {error}")
+                return
+            if found is None or (last is not None and found > last):
+                return
+            stored, problem = self._look_up(found)
+            if stored is None:
+                yield LogRecord(found, None, f"entry {found}: {problem}", found)
+            else:
+                entry, problem = _salvage_entry(found, stored)
+                text = problem or f"entry {found} is out of place: the log should end at {self.last}"
+                yield LogRecord(found, entry, text, None if entry else found)
+            if found == 2**64 - 1:
+                return
+            commit_id = found + 1
+
+    def _position_from(self, key: bytes) -> int | None:
+        """The first position in the log at or after a key. Raises StoreDamaged."""
+
+        def read() -> bytes | None:
+            with self._txn.cursor(self._dbs[records.LOG]) as cursor:
+                return bytes(cursor.key()) if cursor.set_range(key) else None
+
+        found = self._guarded(read)
+        return None if found is None else records.position_of(found)
+
+    # --- the committed namespaces ---
+
+    def values(self, namespace: str | None = None, prefix: str = "") -> Iterator[StoredValue]:
+        """The committed values in order of namespace and key, each checked; with a namespace, of that one only, and
+        with a prefix, only of keys that begin so. Both seek; neither scans."""
+        start = prefix.encode(errors="surrogateescape")
+        if namespace is not None:
+            yield from self._values(namespace.encode(errors="surrogateescape") + b"\0" + start)
+        elif start:
+            for name in self._namespaces():
+                yield from self._values(name + b"\0" + start)
+        else:
+            yield from self._values(b"")
+
+    def _values(self, start: bytes) -> Iterator[StoredValue]:
+        """Everything whose store key begins with `start`, also past pages that can't be read."""
+        position: bytes | None = start
+        while position is not None:
+            after = position
+            try:
+                with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+                    if cursor.set_range(position):
+                        for key, stored in cursor.iternext():
+                            if not key.startswith(start):
+                                return
+                            yield _check_value(key, stored)
+                            after = key + b"\0"
+                return
+            except lmdb.Error as error:
+                self._renew()
+                position = self._next_readable(after)
+                yield StoredValue(None, None, None, f"values from {_shown(after)} on can't be read: {error}")
+
+    def _next_readable(self, lost: bytes) -> bytes | None:
+        """The first key from which LMDB can read again, found by halving; None when there is none."""
+        low, high = _number(lost), _number(b"\xff" * LMDB_KEY_BYTES)
+        if not self._is_readable(_key(high)):
+            return None
+        while high - low > 1:
+            middle = (low + high) // 2
+            if self._is_readable(_key(middle)):
+                high = middle
+            else:
+                low = middle
+        return _key(high)
+
+    def _is_readable(self, key: bytes) -> bool:
+        try:
+            with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+                cursor.set_range(key)
+        except lmdb.Error:
+            self._renew()
+            return False
+        return True
+
+    def _namespaces(self) -> Iterator[bytes]:
+        """The namespaces, by jumping from one to the next: no name holds NUL, so name + 01 is past all its keys."""
+        position = b""
+        while True:
+            with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+                if not cursor.set_range(position):
+                    return
+                name = bytes(cursor.key()).partition(b"\0")[0]
+            yield name
+            position = name + b"\x01"
+
+    # --- counts and sizes ---
+
+    @property
+    def keys(self) -> int:
+        """How many committed values there are."""
+        return self._count(records.COMMITTED)
+
+    @property
+    def kept(self) -> int:
+        """How many log entries there are, staged and committed."""
+        return self._count(records.LOG)
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes: `file` (on disk), `used` (pages that hold data in this snapshot) and `map` (the file's bound)."""
+        page = self._env.stat()["psize"]
+        used = sum(
+            stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+            for stat in (self._txn.stat(db) for db in self._dbs.values())
+        )
+        file = (self.path / records.DATA_FILE).stat().st_size
+        return {"file": file, "used": used * page, "map": self._env.info()["map_size"]}
+
+    def readers(self) -> list[Reader]:
+        """Who reads or has read, this reader too; LMDB's table of them tells it as text."""
+        rows = (line.split() for line in self._env.readers().splitlines())
+        return [
+            Reader(int(row[0]), row[1], int(row[2]) if row[2].isdigit() else None)
+            for row in rows
+            if len(row) == 3 and row[0].isdigit()
+        ]
+
+    def _count(self, name: bytes) -> int:
+        return int(self._txn.stat(self._dbs[name])["entries"])
+
+
+def command_of(entry: Entry) -> tuple[AnyCommand | None, str]:
+    """The command of an entry, or why it can't be read."""
+    try:
+        return decode_command(entry.command), ""
+    except ProtocolError as error:
+        return None, str(error)
+
+
+def salvage_command(command: bytes) -> tuple[str | None, str | None, str | None]:
+    """Kind, namespace and key of a command whose rest can't be read; None for each that can't either."""
+    found = _COMMAND_START.match(command)
+    if found is None:
+        return None, None, None
+    kind, namespace, key = (_json_string(part) for part in found.groups())
+    return kind, namespace, key
+
+
+def _json_string(text: bytes | None) -> str | None:
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text, type=str)
+    except ValueError:
+        return text[1:-1].decode(errors="backslashreplace")
+
+
+def _open(path: Path, map_bytes: int) -> lmdb.Environment:
+    try:
+        if path.exists() and not path.is_dir():
+            raise StoreForeign(f"{path} is a file: give the data directory of a node, the one with the file in it")
+        return open_reader(path, map_bytes)
+    except lmdb.Error as error:
+        raise explain_open_error(path, error) from error
+    except OSError as error:
+        raise StoreFailed(f"{path} can't be read: {error.strerror}. Check who owns it") from error
+
+
+def _add_lost(lost: LogRecord | None, commit_id: int, problem: str) -> tuple[LogRecord, list[LogRecord]]:
+    """Join a lost position to the run of them before it; a run of another reason is handed back as done."""
+    if lost is None or not lost.damage.endswith(problem):
+        return LogRecord(commit_id, None, f"entry {commit_id}: {problem}", commit_id), [] if lost is None else [lost]
+    return LogRecord(lost.commit_id, None, f"entries {lost.commit_id} to {commit_id}: {problem}", commit_id), []
+
+
+def _check(commit_id: int, stored: bytes, seeds: tuple[int, ...]) -> tuple[LogRecord, tuple[int, ...]]:
+    """A log record with the result of its check, and the seeds with which the next one may match."""
+    entry, problem = _salvage_entry(commit_id, stored)
+    if entry is None:
+        return LogRecord(commit_id, None, problem, commit_id), ()
+    computed = [chain(seed, entry.term, commit_id, entry.time, entry.command) for seed in seeds]
+    if not seeds or entry.checksum in computed:
+        return LogRecord(commit_id, entry, problem), (entry.checksum,)
+    problem = problem or f"entry {commit_id} does not match its checksum"
+    return LogRecord(commit_id, entry, problem), (entry.checksum, *computed)[:_MOST_SEEDS]
+
+
+def _salvage_entry(commit_id: int, stored: bytes) -> tuple[Entry | None, str]:
+    """The entry in a log record, also when the byte that names the record's format is wrong, and what is wrong."""
+    try:
+        return records.unpack_entry(commit_id, stored), ""
+    except StoreDamaged as error:
+        problem = str(error)
+    with contextlib.suppress(StoreDamaged):
+        return records.unpack_entry(commit_id, _FIRST_BYTE + stored[1:]), problem
+    return None, problem
+
+
+_FIRST_BYTE: Final = records.pack_entry(Entry(0, 0, 0, 0, msgspec.Raw(b"{}")))[:1]
+
+
+def _check_value(key: bytes, stored: bytes) -> StoredValue:
+    """A committed value with the result of its check; one that fails is read as if its checksum were right."""
+    namespace, separator, name = key.partition(b"\0")
+    texts = (namespace.decode(errors="backslashreplace"), name.decode(errors="backslashreplace"))
+    try:
+        record: records.Record | None = records.unpack_record(key, stored)
+        return StoredValue(*texts, record, "" if separator else f"the key {_shown(key)} has no namespace")
+    except StoreError as error:
+        problem = str(error)
+    record = None
+    with contextlib.suppress(StoreError):
+        record = records.unpack_record(key, struct.pack(">I", zlib.crc32(stored[4:], zlib.crc32(key))) + stored[4:])
+    return StoredValue(*texts, record, problem)
+
+
+def _number(key: bytes) -> int:
+    return int.from_bytes(key.ljust(LMDB_KEY_BYTES, b"\0")[:LMDB_KEY_BYTES])
+
+
+def _key(number: int) -> bytes:
+    return number.to_bytes(LMDB_KEY_BYTES).rstrip(b"\0") or b"\0"
+
+
+def _shown(key: bytes) -> str:
+    namespace, _, name = key.rstrip(b"\0").partition(b"\0")
+    shown = f"{name.decode(errors='backslashreplace')!r} in namespace {namespace.decode(errors='backslashreplace')!r}"
+    return shown if key else "the first"

@@ -1,0 +1,90 @@
+"""Work that may be killed by what it reads, in a child process. Layer 5.
+
+LMDB maps the file. A page that is not there, or is not the page it should be, can end the process from within
+(SIGBUS, SIGSEGV, or an assertion of LMDB's: a page of zeros is enough). A tool for damaged directories has to say so in
+words, so a child reads, and the parent waits for it and speaks when the child can't.
+
+The child's output is collected in memory that both share: what it had written when it died is still written out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import resource
+import signal
+import struct
+from collections.abc import Callable
+from typing import BinaryIO, Final
+
+_CRASHES: Final = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL)
+_ROOM: Final = 1 << 16
+_length = struct.Struct("=Q")
+
+
+class Spool:
+    """Bytes on their way to a stream, in memory that survives this process. On a terminal every line goes at once."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self._eager = stream.isatty()
+        self._memory = mmap.mmap(-1, _length.size + _ROOM)
+
+    def write(self, line: bytes) -> None:
+        """Raises BrokenPipeError when nobody takes the output any more, as `flush` does."""
+        used = self._used
+        if used + len(line) > _ROOM:
+            self.flush()
+            used = 0
+        if len(line) > _ROOM:
+            self._stream.write(line)
+            return
+        start = _length.size + used
+        self._memory[start : start + len(line)] = line
+        _length.pack_into(self._memory, 0, used + len(line))
+        if self._eager:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand everything to the stream."""
+        waiting = self._memory[_length.size : _length.size + self._used]
+        _length.pack_into(self._memory, 0, 0)
+        self._stream.write(waiting)
+        self._stream.flush()
+
+    @property
+    def _used(self) -> int:
+        used: int = _length.unpack_from(self._memory)[0]
+        return used
+
+
+def supervise(work: Callable[[], object], crashed: Callable[[str], int]) -> int:
+    """Run `work` in a child; the parent returns its exit status.
+
+    `work` ends by SystemExit, or returns for status 0; in the child this never returns. When the child was ended by a
+    fault, the status is what `crashed`, called in the parent with the name of the signal, returns. No thread may run.
+    """
+    child = os.fork()
+    if child == 0:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+        work()
+        raise SystemExit(0)
+    return _wait(child, crashed)
+
+
+def _wait(child: int, crashed: Callable[[str], int]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal sends it to both; the child decides
+    signal.signal(signal.SIGTERM, lambda *_: _pass_on(child))
+    _, status = os.waitpid(child, 0)
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return code
+    if -code in _CRASHES:
+        return crashed(signal.Signals(-code).name)
+    return 128 - code
+
+
+def _pass_on(child: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(child, signal.SIGTERM)

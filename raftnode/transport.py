@@ -1,0 +1,470 @@
+"""Sockets: who is connected, and the loop on which a node lives. Layer 2.
+
+`serve` runs one asyncio loop in the calling thread. It reads what has arrived, puts it into the mailbox, and then lets
+the driver (the election) take one turn, which drains the mailbox, writes, and answers. While LMDB syncs inside that
+turn, the kernel's buffers collect the next batch.
+
+A plain `Transport` has no driver: it only fills its queue, for whoever drains it. Other threads use the one-request
+methods (`heartbeat`, `send_data`, `vote_request`, `echo`), which have blocking connections of their own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import queue
+import signal
+import threading
+import time
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from raftnode.blocking import Caller, ConnectFailed
+from raftnode.config import Settings, canonical_address, parse_address
+from raftnode.connections import Connection, Link, Wire
+from raftnode.errors import ConfigError, NotCommitted, ProtocolError, Unavailable
+from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, insert
+from raftnode.messages import ClientRequest, Hello, PeerRequest, decode_object, encode, encode_object
+
+RECONNECT_TRIES = 20
+_SWEEP_S = 1.0
+
+
+class Driver(Protocol):
+    """Who takes the turns: the election."""
+
+    def cycle(self, now: float | None = None) -> float:
+        """One turn; returns when the next is due at the latest (monotonic seconds)."""
+        ...
+
+    def begin_stop(self) -> None:
+        """Take nothing new, finish what is under way; `is_idle` tells when."""
+        ...
+
+    @property
+    def is_idle(self) -> bool: ...
+
+
+class Transport:
+    """The sockets of one node.
+
+    Public facts: `my_ip` (host:port, its name in the cluster), `timeout` (seconds for one request of a caller's
+    thread), `queue`, `peers` (the other members), `live` (those that answer now; says nothing of the membership).
+    """
+
+    def __init__(self, my_ip: str, timeout: int, queue: queue.Queue[list[Letter]]) -> None:
+        """`my_ip`: address to listen on, as the other members know it. Raises ConfigError for a bad address."""
+        self.my_ip = canonical_address(my_ip)
+        self.timeout = timeout
+        self.queue: Mailbox = queue
+        self.peers: list[str] = []
+        self.live: set[str] = set()
+        self.settings = Settings()
+        self.log = logging.getLogger("raftnode.transport")
+        self.unflushed: set[Wire] = set()
+        self.now = time.monotonic
+        self._identity: tuple[str, str] | None = None
+        self._driver: Driver | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._connections: set[Connection] = set()
+        self._links: dict[str, Link] = {}
+        self._keepers: dict[str, asyncio.Task[None]] = {}
+        self._callers: dict[str, Caller] = {}
+        self._turn_due = False
+        self._timer: asyncio.TimerHandle | None = None
+        self._stopped: asyncio.Event | None = None
+        self._failure: BaseException | None = None
+        self._stopping = threading.Event()
+        self._serving = threading.Event()
+
+    # --- set-up ---
+
+    def identify(self, cluster: str, node: str) -> None:
+        """Say which cluster and node this is: what hello tells other members."""
+        self._identity = (cluster, node)
+
+    def attach(self, driver: Driver, settings: Settings) -> None:
+        """Let `driver` take the turns."""
+        self._driver = driver
+        self.settings = settings
+
+    def hello(self) -> Hello:
+        """What a link to another member begins with. Raises ConfigError before `identify`."""
+        if self._identity is None:
+            raise ConfigError("this transport belongs to no node yet: other members would refuse it")
+        cluster, node = self._identity
+        return Hello(cluster=cluster, node=node, address=self.my_ip)
+
+    def set_peers(self, peers: list[str]) -> None:
+        """The other members are these; links to them are kept from now on, links to others are ended."""
+        self.peers = peers
+        if self._loop is not None:
+            self._keep_links()
+
+    # --- the loop ---
+
+    @property
+    def is_serving(self) -> bool:
+        """True while a loop runs in some thread."""
+        return self._serving.is_set()
+
+    def serve(self) -> None:
+        """Listen until `stop` is called, or SIGTERM or SIGINT comes (in the main thread); then finish what is under
+        way and return. Raises ConfigError when the address can't be listened on, and whatever ended the driver
+        (StoreFailed, StoreDamaged): then the node must not go on."""
+        asyncio.run(self._serve())
+        if self._failure is not None:
+            raise self._failure
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._stopped = asyncio.Event()
+        server = await self._listen()
+        sweeper = self._loop.create_task(self._sweep())
+        self._keep_links()
+        self._catch_signals()
+        self._serving.set()
+        self.log.info("listening", extra={"address": self.my_ip})
+        try:
+            if self._stopping.is_set():
+                self._begin_stop()
+            self._schedule()
+            await self._stopped.wait()
+        finally:
+            self._serving.clear()
+            server.close()
+            sweeper.cancel()
+            await self._close_all()
+            self._loop = None
+
+    async def _listen(self) -> asyncio.Server:
+        host, port = parse_address(self.my_ip)
+        assert self._loop is not None
+        try:
+            return await self._loop.create_server(
+                lambda: Connection(self), host, port, backlog=1024, reuse_address=True
+            )
+        except OSError as error:
+            raise ConfigError(
+                f"can't listen on {self.my_ip}: {error.strerror or error}. Is another node running there, or is it not "
+                "an address of this machine?"
+            ) from error
+
+    def _catch_signals(self) -> None:
+        if threading.current_thread() is threading.main_thread():
+            assert self._loop is not None
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._loop.add_signal_handler(number, self.stop)
+
+    def stop(self) -> None:
+        """Ask the node to stop cleanly; returns at once. From any thread, any number of times."""
+        self._stopping.set()
+        if (loop := self._loop) is not None:
+            with contextlib.suppress(RuntimeError):  # the loop has ended in this moment
+                loop.call_soon_threadsafe(self._begin_stop)
+
+    def _begin_stop(self) -> None:
+        if self._driver is None:
+            self._end(None)
+            return
+        self._driver.begin_stop()
+        self._schedule()
+
+    def _end(self, failure: BaseException | None) -> None:
+        assert self._stopped is not None
+        self._failure = self._failure or failure
+        self._stopped.set()
+
+    async def _close_all(self) -> None:
+        """Let what was answered reach the clients, then end every connection."""
+        for keeper in self._keepers.values():
+            keeper.cancel()
+        self._keepers.clear()
+        self.flush()
+        wires: list[Wire] = [*self._connections, *self._links.values()]
+        for wire in wires:
+            if wire.is_open:
+                wire.transport.close()
+        for _ in range(20):
+            if not any(wire.is_open for wire in wires):
+                break
+            await asyncio.sleep(0.01)
+        for wire in wires:
+            wire.cut()
+        for caller in self._callers.values():
+            caller.close()
+
+    # --- turns ---
+
+    def deliver(self, letters: Sequence[Letter], limited: bool = True) -> None:
+        """Put what was received into the mailbox, and see that a turn follows. From any thread."""
+        if not letters:
+            return
+        if insert(self.queue, letters, limited):
+            self.wake()
+            return
+        for letter in letters:
+            assert isinstance(letter, Arrival), "only requests can be refused"
+            letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
+        self.flush()
+
+    def wake(self) -> None:
+        """See that a turn follows soon. From any thread."""
+        loop = self._loop
+        if loop is None or self._turn_due:
+            return
+        try:
+            running = asyncio.get_running_loop()
+        except RuntimeError:
+            with contextlib.suppress(RuntimeError):  # the loop has ended in this moment
+                loop.call_soon_threadsafe(self._schedule)
+            return
+        if running is loop:
+            self._schedule()
+
+    def _schedule(self) -> None:
+        if self._driver is not None and not self._turn_due and self._loop is not None:
+            self._turn_due = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """One turn of the driver; whatever it raises ends the node, as its state can't be trusted any more."""
+        self._turn_due = False
+        assert self._driver is not None
+        assert self._loop is not None
+        assert self._stopped is not None
+        if self._stopped.is_set():
+            return
+        try:
+            due = self._driver.cycle()
+        except BaseException as failure:
+            self._end(failure)
+            return
+        if self._stopping.is_set() and self._driver.is_idle:
+            self._end(None)
+            return
+        if self._timer is None or self._timer.cancelled() or self._timer.when() > due:
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = self._loop.call_at(due, self._timer_fired)
+
+    def _timer_fired(self) -> None:
+        self._timer = None
+        self._schedule()
+
+    def flush(self) -> None:
+        """Write every batch that has collected."""
+        while self.unflushed:
+            self.unflushed.pop().flush()
+
+    async def _sweep(self) -> None:
+        """Once a second: end connections that stall, are idle for too long, or links that nobody answers on."""
+        while True:
+            await asyncio.sleep(_SWEEP_S)
+            now = self.now()
+            for connection in list(self._connections):
+                if self._is_overdue(connection, now):
+                    connection.cut()
+            for link in list(self._links.values()):
+                oldest = link.oldest_wait()
+                if oldest is not None and now - oldest > self.settings.stall_timeout_ms / 1000:
+                    link.cut()
+
+    def _is_overdue(self, connection: Connection, now: float) -> bool:
+        stall, idle = self.settings.stall_timeout_ms / 1000, self.settings.idle_timeout_ms / 1000
+        if connection.blocked_since is not None:
+            return now - connection.blocked_since > stall
+        silent = now - connection.last_frame_at
+        if connection.framer.pending:
+            return silent > stall
+        return connection.peer is None and connection.is_idle and silent > idle
+
+    # --- connections and links ---
+
+    def admit_connection(self, connection: Connection) -> bool:
+        """Take a new connection; False when there are as many as the limit allows."""
+        if len(self._connections) >= self.settings.connections:
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget_connection(self, connection: Connection) -> None:
+        """A connection has ended."""
+        self._connections.discard(connection)
+        if connection.peer is not None and not any(c.peer == connection.peer for c in self._connections):
+            self.deliver([Cut(connection.peer, [])], limited=False)
+
+    def replace_connection(self, connection: Connection, peer: str) -> None:
+        """A member has opened a new link: an older one of its is closed first (FACTS 1.36)."""
+        for other in list(self._connections):
+            if other.peer == peer and other is not connection:
+                other.cut()
+
+    def _keep_links(self) -> None:
+        assert self._loop is not None
+        for peer in self.peers:
+            if peer not in self._keepers:
+                self._keepers[peer] = self._loop.create_task(self._keep_linked(peer))
+        for peer in set(self._keepers) - set(self.peers):
+            self._keepers.pop(peer).cancel()
+            if (link := self._links.pop(peer, None)) is not None:
+                link.cut()
+
+    async def _keep_linked(self, peer: str) -> None:
+        """Connect to `peer`, and again whenever the link ends, with growing pauses while it does not answer."""
+        low, high = self.settings.reconnect_ms / 1000, self.settings.reconnect_high_ms / 1000
+        pause, host_port = low, parse_address(peer)
+        assert self._loop is not None
+        while True:
+            try:
+                connecting = self._loop.create_connection(lambda: Link(self, peer), *host_port)
+                _, link = await asyncio.wait_for(connecting, self.settings.stall_timeout_ms / 1000)
+            except OSError:  # TimeoutError too
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, high)
+                continue
+            self._links[peer] = link
+            started = self.now()
+            await link.ended
+            self.live.discard(peer)
+            pause = low if self.now() - started > high else min(2 * pause, high)
+            await asyncio.sleep(pause)
+
+    def admit(self, peer: str) -> None:
+        """The election has checked who answers at `peer`: the link may be used."""
+        if (link := self._links.get(peer)) is not None and link.is_open:
+            link.is_ready = True
+            self.live.add(peer)
+
+    def refuse(self, peer: str) -> None:
+        """The election does not accept who answers at `peer`."""
+        if (link := self._links.get(peer)) is not None:
+            link.cut()
+
+    def post(self, peer: str, message: PeerRequest) -> None:
+        """Send a request of the consensus over the link to `peer`; nothing happens while there is none."""
+        if (link := self._links.get(peer)) is not None:
+            link.post(message)
+
+    def can_forward(self, peer: str) -> bool:
+        """True when a client's request can be passed on to `peer` now."""
+        link = self._links.get(peer)
+        return link is not None and link.is_ready and link.writable
+
+    def forward(self, peer: str, request: ClientRequest, arrival: Arrival) -> None:
+        """Pass a client's request on to `peer`; see `can_forward`."""
+        self._links[peer].forward(request, arrival)
+
+    @property
+    def connection_count(self) -> int:
+        return len(self._connections)
+
+    # --- the codec, as dicts ---
+
+    def decode_json(self, msg: bytes | str) -> dict[str, Any]:
+        """One JSON object as a dict. Raises ProtocolError (`bad_request`, `too_large`) for everything else."""
+        if len(msg) > self.settings.peer_frame_bytes:
+            raise ProtocolError("too_large", f"a message of {len(msg)} bytes; at most {self.settings.peer_frame_bytes}")
+        return decode_object(msg)
+
+    def encode_json(self, msg: dict[str, Any]) -> bytes:
+        """A dict as one line of JSON, newline included. Raises ProtocolError for what JSON can't hold."""
+        return encode_object(msg)
+
+    # --- one request from the caller's thread, over a blocking connection of its own ---
+
+    def echo(self, peer: str) -> dict[str, Any] | None:
+        """Ping `peer` and note in `live` whether it answered; its answer, or None."""
+        answer = self._exchange(peer, {"type": "ping"})
+        if answer is None:
+            self.live.discard(peer)
+        else:
+            self.live.add(peer)
+        return answer
+
+    def ping(self, timeout: float) -> None:
+        """Ping all peers every `timeout` seconds, until `stop`. Keeps `live`; the membership is not touched."""
+        while not self._stopping.is_set():
+            for peer in list(self.peers):
+                self.echo(peer)
+            self._stopping.wait(timeout)
+
+    def heartbeat(self, peer: str, message: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """Send one heartbeat to the member `peer` and return its answer; None when it could not be had. Without a
+        message it is one of term 0, which changes nothing and tells the peer's term and commit_id."""
+        probe = {"term": 0, "leader": self.my_ip, "commit_id": 0}
+        return self._exchange(peer, {"type": "heartbeat", **(message or probe)})
+
+    def vote_request(self, peer: str, message: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """Send one vote request and return the answer; None when it could not be had. Without a message it is a
+        pre-vote of term 0, which is always refused and tells the peer's term."""
+        staged = {"address": self.my_ip, "term": 0, "commit_id": 0}
+        probe = {"term": 0, "commit_id": 0, "staged": staged, "pre_vote": True}
+        return self._exchange(peer, {"type": "vote_request", **(message or probe)})
+
+    def send_data(self, peer: str | None = None, message: dict[str, Any] | None = None) -> dict[str, Any] | None:
+        """Send one data message to `peer` and return its answer; None when it could not be had. Without a peer: to all
+        of them, and the answers come by peer. Without a message it is one of term 0, which changes nothing."""
+        if peer is None:
+            return {each: self.send_data(each, message) for each in list(self.peers)}
+        probe = {"action": "commit", "term": 0, "leader": self.my_ip, "previous": {"term": 0, "commit_id": 0}}
+        return self._exchange(peer, {"type": "data", **(message or probe)})
+
+    def redirect_to_leader(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Pass a client's request on to the leader, by way of whichever member can be reached, and return its answer.
+        Raises Unavailable (`no_leader`) when nobody could be reached, NotCommitted when a write was sent and its
+        answer lost: it is not sent again."""
+        for address in [*self.peers, self.my_ip]:
+            try:
+                return self._caller(address).exchange(message)
+            except ConnectFailed:
+                continue
+            except (OSError, ProtocolError) as error:
+                if message.get("type") in ("put", "delete"):
+                    raise NotCommitted(
+                        "not_committed", f"sent to {address}, but its answer was lost: {error}"
+                    ) from error
+        raise Unavailable("no_leader", "no member of the cluster could be reached")
+
+    def reconnect(self, addr: str) -> bool:
+        """Open the blocking connection to `addr` anew, in up to 20 tries; False when it could not be had."""
+        for _ in range(RECONNECT_TRIES):
+            try:
+                self._caller(addr).reconnect()
+            except (OSError, ProtocolError):
+                if self._stopping.wait(self.settings.reconnect_ms / 1000):
+                    return False
+            else:
+                return True
+        return False
+
+    def add_peer(self, message: dict[str, Any]) -> dict[str, Any]:
+        """Take the node at `message["address"]` as a member, as an `add_peer` request does, and return the answer: true
+        when it is a member. Only a committed entry changes the membership, and no entry does so in this version."""
+        return self.redirect_to_leader({**message, "type": "add_peer"})
+
+    def req_add_peer(self, addr: str) -> bool:
+        """Ask the node at `addr` to take this one as a member; True when it is one."""
+        answer = self._exchange(addr, {"type": "add_peer", "address": self.my_ip})
+        return answer is not None and answer.get("data") is True
+
+    def _exchange(self, peer: str, message: dict[str, Any]) -> dict[str, Any] | None:
+        try:
+            return self._caller(peer).exchange(message)
+        except (OSError, ProtocolError) as error:
+            self.log.info("no_answer", extra={"peer": peer, "why": str(error)})
+            return None
+
+    def _caller(self, peer: str) -> Caller:
+        if peer not in self._callers:
+            self._callers[peer] = Caller(peer, self.timeout, self.settings.peer_frame_bytes, self._greeting)
+        return self._callers[peer]
+
+    def _greeting(self) -> bytes | None:
+        """What a blocking connection begins with, so that members take our requests; a plain transport has no name."""
+        if self._identity is None:
+            return None
+        hello = self.hello()
+        hello.link = False
+        return encode(hello)

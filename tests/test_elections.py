@@ -8,7 +8,7 @@ import pytest
 
 from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
-from raftnode.messages import Data, EntryId, Heartbeat, HeartbeatAnswer, Staged, VoteAnswer, VoteRequest
+from raftnode.messages import GENESIS, Data, EntryId, Heartbeat, HeartbeatAnswer, Staged, VoteAnswer, VoteRequest
 from raftnode.testing.network import CrashPoint, Envelope, Network
 
 LOW = Settings().election_low_ms / 1000
@@ -16,19 +16,19 @@ HIGH = Settings().election_high_ms / 1000
 BEAT = Settings().heartbeat_ms / 1000
 
 
-def vote_request(candidate: str, term: int, last: EntryId = EntryId(0, 0), *, pre_vote: bool = False) -> VoteRequest:
+def vote_request(candidate: str, term: int, last: EntryId = GENESIS, *, pre_vote: bool = False) -> VoteRequest:
     staged = Staged(address=candidate, term=last.term, commit_id=last.commit_id)
     return VoteRequest(term=term, commit_id=0, staged=staged, pre_vote=pre_vote)
 
 
-def ask_vote(network: Network, voter: str, candidate: str, term: int, last: EntryId = EntryId(0, 0)) -> VoteAnswer:
+def ask_vote(network: Network, voter: str, candidate: str, term: int, last: EntryId = GENESIS) -> VoteAnswer:
     """`candidate` asks `voter`; what the voter says."""
     answer = network.ask(candidate, voter, vote_request(candidate, term, last))
     assert isinstance(answer, VoteAnswer)
     return answer
 
 
-def ask_pre_vote(network: Network, voter: str, candidate: str, term: int, last: EntryId = EntryId(0, 0)) -> VoteAnswer:
+def ask_pre_vote(network: Network, voter: str, candidate: str, term: int, last: EntryId = GENESIS) -> VoteAnswer:
     answer = network.ask(candidate, voter, vote_request(candidate, term, last, pre_vote=True))
     assert isinstance(answer, VoteAnswer)
     return answer
@@ -432,7 +432,7 @@ def test_candidate_follows_the_leader_of_its_term(kind: str) -> None:
     if kind == "heartbeat":
         network.ask("2", "1", Heartbeat(term=1, leader="2", commit_id=0))
     else:
-        network.ask("2", "1", Data(action="commit", term=1, leader="2", previous=EntryId(0, 0)))
+        network.ask("2", "1", Data(action="commit", term=1, leader="2", previous=GENESIS))
     assert (network["1"].raft.role, network["1"].raft.leader) == (Role.FOLLOWER, "2")
     assert network["1"].raft.ballot == Ballot(1, "1"), "its vote of this term stays its own"
 
@@ -446,7 +446,7 @@ def test_leader_of_an_older_term_is_not_followed() -> None:
     network.now += LOW / 2
     answer = network.ask("1", "2", Heartbeat(term=3, leader="1", commit_id=0))
     assert answer.term == 4
-    answer = network.ask("1", "2", Data(action="commit", term=3, leader="1", previous=EntryId(0, 0)))
+    answer = network.ask("1", "2", Data(action="commit", term=3, leader="1", previous=GENESIS))
     assert (answer.data, answer.term) == (False, 4)
     assert network["2"].raft.leader is None
     assert network["2"].raft._election_due == due
@@ -526,7 +526,7 @@ def _heartbeat(network: Network) -> None:
 
 
 def _data(network: Network) -> None:
-    network.ask("1", "2", Data(action="commit", term=1, leader="1", previous=EntryId(0, 0)))
+    network.ask("1", "2", Data(action="commit", term=1, leader="1", previous=GENESIS))
 
 
 def _granted_vote(network: Network) -> None:

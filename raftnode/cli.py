@@ -58,8 +58,8 @@ def _serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="The other members. None: a cluster of one. Counts when the store is empty."),
         click.option("--volume", default=DEFAULT_DATA_DIR, show_default=True, metavar="DIR",
                      type=click.Path(path_type=Path), help="Data directory; made if need be."),
-        click.option("--timeout", default=DEFAULT_TIMEOUT_S, show_default=True, type=click.IntRange(1), metavar="SECONDS",
-                     help="Longest time that a request waits for its answer."),
+        click.option("--timeout", default=DEFAULT_TIMEOUT_S, show_default=True, type=click.IntRange(1),
+                     metavar="SECONDS", help="Longest time that a request waits for its answer."),
         click.option("--store", type=click.Choice(STORE_TYPES), default="database", show_default=True,
                      help="'database' is durable; 'memory' is for trials and forgets everything."),
         click.option("--log-level", type=click.Choice(log.LEVELS), default="info", show_default=True),
@@ -72,8 +72,8 @@ def _serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 def _client_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--node", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT,...", envvar="RAFTNODE_NODE",
-                     help="Node to ask; several with commas are tried in turn."),
+        click.option("--node", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT,...",
+                     envvar="RAFTNODE_NODE", help="Node to ask; several with commas are tried in turn."),
         click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.001), metavar="SECONDS",
                      help="Longest time for the whole command."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object."),
@@ -90,7 +90,7 @@ _namespace = click.option("--namespace", default=DEFAULT_NAMESPACE, show_default
 @click.version_option(__version__, prog_name="raftnode")
 @_serve_options
 @click.pass_context
-def cli(context: click.Context, **options: Any) -> None:
+def cli(context: click.Context, /, **options: Any) -> None:
     """A persistent, replicated key-value store.
 
     Without a command it serves, as `raftnode serve` does.
@@ -285,7 +285,7 @@ def _spawn(address: str, addresses: list[str], root: Path, log_level: str) -> su
     )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's signature
     raise KeyboardInterrupt
 
 

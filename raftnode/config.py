@@ -121,6 +121,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         return 2 * self.frame_bytes + self.batch_bytes
 
 
+_DEFAULTS = Settings()
 ENVIRONMENT = {"HB_TIME": "heartbeat_ms", "LOW_TIMEOUT": "election_low_ms", "HIGH_TIMEOUT": "election_high_ms"}
 
 
@@ -134,7 +135,7 @@ def from_environment(environ: Mapping[str, str] = os.environ, **overrides: int) 
     for variable, name in ENVIRONMENT.items():
         text = environ.get(variable, "").strip()
         if text:
-            if not text.isdigit():
+            if not (text.isascii() and text.isdigit() and len(text) < 10):
                 raise ConfigError(f"{variable} is {text!r}: it must be a whole number of milliseconds")
             values[name] = int(text)
     for name, value in overrides.items():
@@ -144,9 +145,9 @@ def from_environment(environ: Mapping[str, str] = os.environ, **overrides: int) 
             raise ConfigError(f"setting {name} is {value!r}: it must be a whole number")
         values[name] = value
     low, high = values.get("election_low_ms"), values.get("election_high_ms")
-    if low is not None and high is None:
-        values["election_high_ms"] = max(2 * low, 2)
-    if high is not None and low is None:
+    if low is not None and high is None and low > _DEFAULTS.election_high_ms:
+        values["election_high_ms"] = 2 * low
+    if high is not None and low is None and high < _DEFAULTS.election_low_ms:
         values["election_low_ms"] = max(high // 2, 1)
     return Settings(**values)
 
@@ -156,13 +157,14 @@ def parse_address(text: str) -> tuple[str, int]:
     host, colon, port = text.strip().rpartition(":")
     if not colon or not host:
         raise ConfigError(f"address {text!r}: expected host:port, for example {DEFAULT_ADDRESS}")
-    if not port.isascii() or not port.isdigit() or not 0 < int(port) < 65536:
+    if not port.isascii() or not port.isdigit() or len(port) > 5 or not 0 < int(port) < 65536:
         raise ConfigError(f"address {text!r}: the port must be a number from 1 to 65535")
-    if host.startswith("[") != host.endswith("]") or (":" in host and not host.startswith("[")):
-        raise ConfigError(f"address {text!r}: an IPv6 address goes in brackets, for example [::1]:{port}")
-    if any(c.isspace() or c in ',/"' for c in host):
+    bare = host.removeprefix("[").removesuffix("]")
+    if (host != bare) != (":" in bare) or host not in (bare, f"[{bare}]"):
+        raise ConfigError(f"address {text!r}: an IPv6 address, and nothing else, goes in brackets, as in [::1]:{port}")
+    if not bare or any(c.isspace() or not c.isprintable() or c in ',/"[]' for c in bare):
         raise ConfigError(f"address {text!r}: the host holds a character that no host name has")
-    return host.strip("[]"), int(port)
+    return bare, int(port)
 
 
 def canonical_address(text: str) -> str:

@@ -11,15 +11,16 @@ data file is gone is not taken for a new one.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import shutil
 import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import NoReturn
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
 from raftnode import records
 from raftnode.config import Settings
@@ -27,27 +28,36 @@ from raftnode.errors import StoreClosed, StoreDamaged, StoreError, StoreFailed, 
 
 _MAX_READERS = 126
 _LOOSE_PAGES = 16
-"""LMDB may leave the last few pages of a file unwritten when they were freed in the transaction that took them."""
+"""More than this many pages are never missing from the end of a sound file; see `check_length`."""
 
 
 class Environment:
     """An open data directory. Invariant: after the first failed commit or sync, every use raises StoreFailed."""
 
-    def __init__(self, data_dir: Path, settings: Settings, durable: bool) -> None:
-        """Open or create; raises a StoreError that says what is wrong with the directory and what to do."""
+    def __init__(
+        self, data_dir: Path, settings: Settings, durable: bool, first_facts: Callable[[], dict[bytes, bytes]]
+    ) -> None:
+        """Open, or create with `first_facts` in `meta`; the fact `node` names the node. Raises a StoreError that says
+        what is wrong with the directory and what to do."""
         self.path = data_dir
         self._settings = settings
         self._durable = durable
         self._failure: StoreFailed | None = None
-        self._closed = False
+        self._env: lmdb.Environment | None = None
         self._lock_fd = _take_lock(data_dir)
         try:
             self._check_files()
             self._env = self._open()
-            self._dbs = self._open_databases()
+            self._dbs = self._open_databases(first_facts)
             self._settle()
+        except lmdb.Error as error:
+            self.close()
+            raise explain_open_error(data_dir, error) from error
+        except OSError as error:
+            self.close()
+            raise StoreFailed(f"{data_dir} can't be made durable: {error}. Check the disk, then start again") from error
         except BaseException:
-            os.close(self._lock_fd)
+            self.close()
             raise
 
     # --- opening ---
@@ -56,93 +66,133 @@ class Environment:
     def _data_file(self) -> Path:
         return self.path / records.DATA_FILE
 
+    @property
+    def held_node(self) -> str:
+        """The node that this directory has held so far, by the lock file; "" for none."""
+        return os.pread(self._lock_fd, 64, 0).decode(errors="replace").strip()
+
     def _check_files(self) -> None:
         """Refuse a directory that held a node and has lost its data file."""
-        node = os.pread(self._lock_fd, 64, 0).decode(errors="replace").strip()
-        there = self._data_file.exists() and self._data_file.stat().st_size > 0
-        if node and not there:
-            raise StoreDamaged(
-                f"{self.path} held node {node}, but {records.DATA_FILE} is gone or empty: put the file back, or, if it "
-                "is lost, empty the whole directory to start as a new node"
-            )
+        if self.held_node and not (self._data_file.exists() and self._data_file.stat().st_size > 0):
+            raise self._lost_data("is gone or empty")
+
+    def _lost_data(self, what: str) -> StoreDamaged:
+        return StoreDamaged(
+            f"{self.path} held node {self.held_node}, but {records.DATA_FILE} {what}: put the right file back, or, if "
+            "it is lost, empty the whole directory to start as a new node"
+        )
 
     def _open(self) -> lmdb.Environment:
+        env = lmdb.open(
+            str(self._data_file),
+            subdir=False,
+            map_size=self._settings.map_bytes,
+            max_dbs=16,
+            max_readers=_MAX_READERS,
+            sync=self._durable,
+            metasync=self._durable,
+        )
         try:
-            env = lmdb.open(
-                str(self._data_file),
-                subdir=False,
-                map_size=self._settings.map_bytes,
-                max_dbs=16,
-                max_readers=_MAX_READERS,
-                sync=self._durable,
-                metasync=self._durable,
-            )
-        except lmdb.Error as error:
-            raise explain_open_error(self.path, error) from error
-        check_length(self.path, env)
+            check_length(self.path, env)
+        except BaseException:
+            env.close()
+            raise
         return env
 
-    def _open_databases(self) -> dict[bytes, lmdb._Database]:
+    def _open_databases(self, first_facts: Callable[[], dict[bytes, bytes]]) -> dict[bytes, lmdb._Database]:
+        """The databases; in a blank file they are made together with the first facts, in one transaction, so that a
+        crash leaves either nothing or a whole node."""
+        assert self._env is not None
         with self._env.begin() as txn:
-            fresh = txn.stat()["entries"] == 0
-        if not fresh:
+            is_blank = txn.stat()["entries"] == 0
+        if not is_blank:
             check_ours(self.path, self._env)
-        return {name: self._env.open_db(name) for name in records.DATABASES}
+            return {name: self._env.open_db(name, create=False) for name in records.DATABASES}
+        if self.held_node:
+            raise self._lost_data("is blank")
+        with self._env.begin(write=True) as txn:
+            dbs = {name: self._env.open_db(name, txn=txn) for name in records.DATABASES}
+            for name, fact in first_facts().items():
+                txn.put(name, fact, db=dbs[records.META])
+        return dbs
 
     def _settle(self) -> None:
         """What is visible must be durable before anything is said (FACTS 1.40): LMDB syncs neither the first pages
         of a new file nor its directory."""
         if self._durable:
+            assert self._env is not None
             self._env.sync(True)
             for directory in (self.path, self.path.resolve().parent):
                 _sync_directory(directory)
 
-    def name(self, node: str) -> None:
-        """Write the node's id into the lock file, once its first transaction is on disk."""
-        if os.pread(self._lock_fd, 64, 0).decode(errors="replace").strip() != node:
-            os.ftruncate(self._lock_fd, 0)
+    def claim(self, node: str) -> None:
+        """Check that the lock file names `node`, or write it there the first time. Raises StoreDamaged, StoreFailed."""
+        if self.held_node == node:
+            return
+        if self.held_node:
+            raise self._lost_data(f"is of node {node}")
+        try:
             os.pwrite(self._lock_fd, f"{node}\n".encode(), 0)
             if self._durable:
                 os.fsync(self._lock_fd)
+        except OSError as error:
+            raise StoreFailed(f"{self.path / records.LOCK_FILE} can't be written: {error}") from error
 
     # --- use ---
 
-    def read(self) -> lmdb.Transaction:
-        """A read transaction: one consistent snapshot. Keep it short, it holds back the reuse of pages."""
-        self._check_usable()
-        return self._env.begin()
+    @contextlib.contextmanager
+    def read(self) -> Iterator[lmdb.Transaction]:
+        """A read transaction: one consistent snapshot. Keep it short, it holds back the reuse of pages. Raises
+        StoreDamaged when LMDB finds its own pages damaged."""
+        env = self._usable()
+        try:
+            with env.begin() as txn:
+                yield txn
+        except lmdb.Error as error:
+            raise StoreDamaged(
+                f"{self._data_file} is damaged: {error}. Put a good copy of the directory back"
+            ) from error
 
-    def write(self) -> _WriteTransaction:
-        """A context with the one write transaction, committed and synced when the block ends. A failure of any kind
-        closes the environment to further use and raises StoreFailed."""
-        self._check_usable()
-        return _WriteTransaction(self, self._env)
+    @contextlib.contextmanager
+    def write(self) -> Iterator[lmdb.Transaction]:
+        """The one write transaction, committed and synced when the block ends. An error of any kind, in the block or
+        on the way to the disk, closes the environment to further use; those of the disk become StoreFailed."""
+        env = self._usable()
+        try:
+            with env.begin(write=True) as txn:
+                yield txn
+        except BaseException as error:
+            failure = self._fail(error)
+            if isinstance(error, lmdb.Error | OSError):
+                raise failure from error
+            raise
 
     def db(self, name: bytes) -> lmdb._Database:
         return self._dbs[name]
 
-    def fail(self, error: BaseException) -> NoReturn:
+    def _fail(self, error: BaseException) -> StoreFailed:
         """A write or a sync has failed. What is on disk is not known, and trying again proves nothing: after a failed
         fsync the kernel has dropped the pages (FACTS 2)."""
         self._failure = StoreFailed(
             f"writing to {self._data_file} failed: {error}. Nothing that depends on this write was acknowledged. Check "
             "the disk (free space, kernel log), then start the node again: it continues from its last good transaction"
         )
-        raise self._failure from error
+        return self._failure
 
-    def _check_usable(self) -> None:
+    def _usable(self) -> lmdb.Environment:
         if self._failure is not None:
             raise StoreFailed(str(self._failure))
-        if self._closed:
+        if self._env is None:
             raise StoreClosed(f"the store in {self.path} is closed")
+        return self._env
 
     # --- room ---
 
     def sizes(self) -> dict[str, int]:
         """Bytes: `map`, `file`, `used` (pages that hold data), `disk_free`, and `room`: what can still be written."""
-        self._check_usable()
-        info, page = self._env.info(), self._env.stat()["psize"]
-        with self._env.begin() as txn:
+        env = self._usable()
+        info, page = env.info(), env.stat()["psize"]
+        with env.begin() as txn:
             used = sum(
                 stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
                 for stat in (txn.stat(db) for db in self._dbs.values())
@@ -155,43 +205,16 @@ class Environment:
 
     def clear_dead_readers(self) -> int:
         """Free the slots of readers that died: pages that they saw would never be used again (FACTS 2)."""
-        self._check_usable()
-        return int(self._env.reader_check())
+        return int(self._usable().reader_check())
 
     def close(self) -> None:
         """Close; may be called twice."""
-        if not self._closed:
-            self._closed = True
+        if self._env is not None:
             self._env.close()
+            self._env = None
+        if self._lock_fd >= 0:
             os.close(self._lock_fd)
-
-
-class _WriteTransaction:
-    """One write transaction as a context manager; every error on its way to the disk is final."""
-
-    def __init__(self, environment: Environment, env: lmdb.Environment) -> None:
-        self._environment = environment
-        self._env = env
-
-    def __enter__(self) -> lmdb.Transaction:
-        try:
-            self._txn = self._env.begin(write=True)
-        except lmdb.Error as error:
-            self._environment.fail(error)
-        return self._txn
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if error is not None:
-            self._txn.abort()
-            if isinstance(error, lmdb.Error):
-                self._environment.fail(error)
-            return
-        try:
-            self._txn.commit()
-        except lmdb.Error as failure:
-            self._environment.fail(failure)
+            self._lock_fd = -1
 
 
 class MemoryDirectory:
@@ -266,14 +289,26 @@ def check_ours(data_dir: Path, env: lmdb.Environment) -> None:
 
 
 def check_length(data_dir: Path, env: lmdb.Environment) -> None:
-    """Refuse a file that was cut off: reading a page that is not there would kill the process (SIGBUS)."""
+    """Refuse a file that was cut off: reading a page that is not there would kill the process (SIGBUS).
+
+    LMDB does not write the last pages of a file when they were freed in the transaction that took them, so a few may
+    be missing from a sound file: then every page is looked at, from the outside.
+    """
     file = data_dir / records.DATA_FILE
-    needed = (env.info()["last_pgno"] + 1 - _LOOSE_PAGES) * env.stat()["psize"]
-    if file.stat().st_size < needed:
+    size, page = file.stat().st_size, env.stat()["psize"]
+    missing = env.info()["last_pgno"] + 1 - size // page
+    if missing > _LOOSE_PAGES or (missing > 0 and not _is_sound(file)):
         raise StoreDamaged(
-            f"{file} is cut off: {file.stat().st_size} bytes, of at least {needed}. "
+            f"{file} is cut off: {size} bytes, {missing} pages of {page} bytes are missing at its end. "
             "Put a good copy of the directory back"
         )
+
+
+def _is_sound(file: Path) -> bool:
+    try:
+        return not verify(str(file), subdir=False)  # type: ignore[no-untyped-call]
+    except VerifyError:
+        return False
 
 
 def _take_lock(data_dir: Path) -> int:

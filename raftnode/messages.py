@@ -17,6 +17,7 @@ so its bytes and with them the rolling checksum are the same on every node.
 
 from __future__ import annotations
 
+import math
 import re
 import struct
 import zlib
@@ -501,10 +502,12 @@ def decode_object(frame: bytes | memoryview | str) -> dict[str, Any]:
 
 def _diagnose(frame: bytes | memoryview, error: Exception) -> Malformed:
     """Why a frame is no message. Slow, as only bad input comes here."""
-    found = decode_object(frame)
-    id = found.get("id", UNSET)
-    if not isinstance(id, int | str) or isinstance(id, bool):
-        id = UNSET
+    id = _readable_id(frame)
+    try:
+        found = decode_object(frame)
+    except Malformed as malformed:
+        malformed.id = id
+        raise
     kind = found.get("type")
     if kind is None:
         return Malformed("bad_request", 'the message has no "type"', id=id)
@@ -514,6 +517,21 @@ def _diagnose(frame: bytes | memoryview, error: Exception) -> Malformed:
         known = ", ".join(REQUEST_TYPES)
         return Malformed("unknown_type", f"no message has the type {kind[:64]!r}; there are: {known}", id=id)
     return Malformed("bad_request", f"{kind}: {_in_words(error)}", kind, id)
+
+
+class _OnlyId(Struct):
+    id: Id = UNSET
+
+
+_decode_id: Callable[[bytes | memoryview], _OnlyId] = msgspec.json.Decoder(_OnlyId).decode
+
+
+def _readable_id(frame: bytes | memoryview) -> Id:
+    """The id of a message that is wrong elsewhere, so that its answer finds its way; UNSET when it can't be read."""
+    try:
+        return _decode_id(frame).id
+    except (ValueError, RecursionError):
+        return UNSET
 
 
 def _in_words(error: Exception) -> str:
@@ -562,7 +580,7 @@ def check_value(value: Raw, settings: Settings) -> None:
 def _check_numbers(value: object) -> None:
     """Raise for a whole number that no double comes near; the decoder itself refuses such fractions."""
     for part in _walk(value):
-        if isinstance(part, int) and abs(part) > 2**1024 - 2**970:
+        if isinstance(part, int) and abs(part) >= 2**1024 - 2**970:
             raise ProtocolError("bad_request", "value: a number is out of the range of a double (about 1.8e308)")
 
 
@@ -572,7 +590,7 @@ def _walk(value: object) -> list[object]:
     for part in parts:
         if isinstance(part, dict):
             parts.extend(part.values())
-        elif isinstance(part, list):
+        elif isinstance(part, list | tuple):
             parts.extend(part)
     return parts
 
@@ -618,11 +636,23 @@ def to_request(message: dict[str, Any]) -> AnyRequest:
 
 
 def encode_object(message: dict[str, Any]) -> bytes:
-    """A dict as one line of JSON. Raises ProtocolError("bad_request") for what JSON can't hold."""
+    """A dict as one line of JSON. Raises ProtocolError("bad_request") for what JSON can't hold: it is never changed
+    into something that it can."""
     try:
-        return _encode(message) + b"\n"
+        line = _encode(message) + b"\n"
+        _refuse_what_is_not_json(message)
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError("bad_request", f"can't be written as JSON: {error}") from error
+    return line
+
+
+def _refuse_what_is_not_json(message: object) -> None:
+    """The encoder writes NaN as null, a set as a list, bytes as text; nobody would get back what they put."""
+    for part in _walk(message):
+        if isinstance(part, float) and not math.isfinite(part):
+            raise ValueError(f"{part} is no JSON number")
+        if not isinstance(part, dict | list | tuple | str | int | float | Raw | Struct | None):
+            raise TypeError(f"{type(part).__name__} is no JSON type")
 
 
 def data_object(data: Data) -> dict[str, Any]:

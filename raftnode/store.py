@@ -76,6 +76,12 @@ class PrimaryTransport(Protocol):
     def identify(self, cluster: str, node: str) -> None: ...
 
 
+def _first_facts() -> dict[bytes, bytes]:
+    """What a new node knows of itself: from its first transaction on it has an id, and will never be another."""
+    facts: dict[bytes, object] = {b"format": records.FORMAT, b"node": secrets.token_hex(8)}
+    return {name: records.pack_meta(name, fact) for name, fact in facts.items()}
+
+
 class Store:
     """One node's durable state.
 
@@ -96,9 +102,13 @@ class Store:
         self.settings = settings or Settings()
         self.is_durable = store_type == "database"
         self._memory = None if self.is_durable else MemoryDirectory()
-        self._env = Environment(
-            Path(data_dir) if self._memory is None else self._memory.path, self.settings, self.is_durable
-        )
+        directory = Path(data_dir) if self._memory is None else self._memory.path
+        try:
+            self._env = Environment(directory, self.settings, self.is_durable, _first_facts)
+        except BaseException:
+            if self._memory is not None:
+                self._memory.remove()
+            raise
         self.owner: object | None = None
         """The election that alone may write; None while the caller does."""
         self.namespaces = Namespaces()
@@ -121,34 +131,23 @@ class Store:
 
     def _load(self) -> None:
         with self._env.read() as txn:
-            format_version = self._fact(txn, b"format", int)
-            if format_version is None:
-                self._check_blank(txn)
+            self._check_format(txn)
+            self._load_facts(txn)
+            base, last = self._check_log(txn)
+        self._env.claim(self.node_id)
+        self.journal = Journal(self, base, last, self._memberships)
+
+    def _check_format(self, txn: lmdb.Transaction) -> None:
+        format_version = self._fact(txn, b"format", int)
         if format_version is None:
-            self._create()
-        elif format_version > records.FORMAT:
+            raise StoreDamaged(
+                f"{self.data_dir} does not say in which format it is: put a good copy of the directory back"
+            )
+        if format_version > records.FORMAT:
             raise StoreTooNew(
                 f"{self.data_dir} was written in format {format_version}; this raftnode reads up to {records.FORMAT}: "
                 "start it with the newer raftnode"
             )
-        with self._env.read() as txn:
-            self._load_facts(txn)
-            base, last = self._check_log(txn)
-        self._env.name(self.node_id)
-        self.journal = Journal(self, base, last, self._memberships)
-
-    def _check_blank(self, txn: lmdb.Transaction) -> None:
-        for name in records.DATABASES:
-            if txn.stat(self._env.db(name))["entries"]:
-                raise StoreDamaged(
-                    f"{self.data_dir} has data, but not the record of its format: put a good copy of the directory back"
-                )
-
-    def _create(self) -> None:
-        """The first transaction of a node: from here on it has an id, and will never be another."""
-        with self._env.write() as txn:
-            for name, fact in ((b"format", records.FORMAT), (b"node", secrets.token_hex(8))):
-                txn.put(name, records.pack_meta(name, fact), db=self._env.db(records.META))
 
     def _load_facts(self, txn: lmdb.Transaction) -> None:
         node = self._fact(txn, b"node", str)
@@ -214,9 +213,8 @@ class Store:
     # --- the log, for the journal (LogReader) ---
 
     def read_id(self, commit_id: int) -> EntryId:
-        """The id of an entry on disk. Raises StoreDamaged when it is not there."""
-        with self._env.read() as txn:
-            return self._entry(txn, commit_id).id
+        """The id of an entry on disk, checked. Raises StoreDamaged."""
+        return self.read_entries(commit_id, commit_id, 0)[0].id
 
     def read_entries(self, first: int, last: int, size: int) -> list[Entry]:
         """Entries from disk, checked against the rolling checksum; at least one, and no more than `size` bytes of
@@ -234,6 +232,8 @@ class Store:
         """Entries in order, each checked: the chain is seeded with the entry before `first`."""
         if first > last:
             return
+        if first <= base.id.commit_id:
+            raise damaged_entry(self.data_dir, first)
         before = base if first == base.id.commit_id + 1 else None
         checksum = before.checksum if before else self._entry(txn, first - 1).checksum
         with txn.cursor(self._env.db(records.LOG)) as cursor:
@@ -292,7 +292,13 @@ class Store:
     @property
     def has_effects(self) -> bool:
         """True when something applied is not in the committed namespaces on disk yet. It may wait."""
-        return self._on_disk.get(b"commit_id", 0) != self.commit_id
+        return self._committed_on_disk != self.commit_id
+
+    @property
+    def _committed_on_disk(self) -> int:
+        found = self._on_disk.get(b"commit_id", 0)
+        assert isinstance(found, int), "commit_id is a number"
+        return found
 
     def write(self, ballot: Ballot | None = None) -> None:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
@@ -322,7 +328,7 @@ class Store:
                 raise AssertionError(f"the log on disk already has an entry at or after {entry.commit_id}")
 
     def _cut(self, txn: lmdb.Transaction, first: int) -> None:
-        assert first > self.commit_id, f"a committed entry is never cut: {first} is at or below {self.commit_id}"
+        assert first > self._committed_on_disk, f"a committed entry is never cut: {first}"
         with txn.cursor(self._env.db(records.LOG)) as cursor:
             there = cursor.set_range(records.log_key(first))
             while there:
@@ -437,8 +443,8 @@ class Store:
         wanted = _data_of(message)
         target = wanted.entries[-1].commit_id if wanted.entries else wanted.previous.commit_id
         while (reply := transport.send_data(peer, message)) is not None:
-            answer = decode_answer(encode_object(reply))
-            if not isinstance(answer, DataAnswer) or answer.term != wanted.term:
+            answer = _answer_of(reply)
+            if answer is None or answer.term != wanted.term:
                 return False
             if answer.data and answer.match >= target:
                 return True
@@ -495,6 +501,8 @@ class Store:
         follower.step(None, data)
         ready = follower.ready()
         self.apply(ready.committed)
+        while follower.applied < follower.commit_id:
+            self.apply(follower.ready().committed)
         self.write(ready.ballot)
         _, answer = (*ready.answers, *ready.promises)[0]
         return decode_object(encode(answer))
@@ -516,6 +524,15 @@ def _command_of(payload: dict[str, Any], settings: Settings) -> PutCommand | Del
             return DeleteCommand(namespace=delete.namespace, key=delete.key, client=delete.client)
         case other:
             raise ProtocolError("bad_request", f"a {other.name} writes nothing")
+
+
+def _answer_of(reply: dict[str, Any]) -> DataAnswer | None:
+    """A peer's answer; None for what is none: it confirms nothing."""
+    try:
+        answer = decode_answer(encode_object(reply))
+    except ProtocolError:
+        return None
+    return answer if isinstance(answer, DataAnswer) else None
 
 
 def _data_of(message: dict[str, Any]) -> Data:

@@ -179,8 +179,13 @@ class Journal:
         if previous == self.last.id:
             return entries
         for n, entry in enumerate(entries):
-            if entry.commit_id > self.base.id.commit_id and self.term_at(entry.commit_id) != entry.term:
+            if entry.commit_id <= self.base.id.commit_id:
+                continue
+            if self.term_at(entry.commit_id) != entry.term:
                 return entries[n:]
+            own = self._kept.get(entry.commit_id)
+            if own is not None and own.checksum != entry.checksum:
+                raise HistoryDiffers(f"entry {entry.commit_id} of term {entry.term} is another one here")
         return ()
 
     def hint(self, asked: int, term: int, committed: int) -> EntryId:

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
 from raftnode.consensus.ballot import Ballot
-from raftnode.consensus.membership import Membership
 from raftnode.messages import DataAnswer, Entry, EntryId, VoteAnswer, VoteRequest
 
 if TYPE_CHECKING:
@@ -40,9 +39,8 @@ class Look(NamedTuple):
 class Invariants:
     """Checks one cluster from its first turn on. `check` is called after each turn with the member that took it."""
 
-    def __init__(self, members: Mapping[str, Member], membership: Membership) -> None:
+    def __init__(self, members: Mapping[str, Member]) -> None:
         self._members = members
-        self._membership = membership
         self.chosen: list[Chosen] = []
         """What was committed, by position: `chosen[n]` has commit_id `n + 1`."""
         self._leaders: dict[int, str] = {}
@@ -141,17 +139,18 @@ class Invariants:
         """What a member newly applied is what all others have applied there."""
         for entry in member.applied[self._looks[member.name].applied :]:
             if entry.commit_id > len(self.chosen):
-                self._check_majority(entry)
+                self._check_majority(member, entry)
                 self.chosen.append(Chosen(entry.id, entry.checksum, member.raft.term))
             chosen = self.chosen[entry.commit_id - 1]
             assert (chosen.id, chosen.checksum) == (entry.id, entry.checksum), (
                 f"state-machine safety: {member.name} applied {entry.id}, another member {chosen.id}"
             )
 
-    def _check_majority(self, entry: Entry) -> None:
-        """An entry is applied first when a majority of the disks has it (thesis 3.5, 10.2.1)."""
-        copies = [name for name, member in self._members.items() if member.disk.holds(entry.id)]
-        assert self._membership.is_majority(copies), (
+    def _check_majority(self, member: Member, entry: Entry) -> None:
+        """An entry is applied first when a majority of the voters, as `member` knows them, has it on disk (thesis 3.5,
+        10.2.1)."""
+        copies = [name for name, other in self._members.items() if other.disk.holds(entry.id)]
+        assert member.raft.membership.is_majority(copies), (
             f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
         )
 

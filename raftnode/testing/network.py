@@ -344,7 +344,7 @@ class Network:
             name: Member(name, Disk(founding), self.settings, random.Random(self.random.getrandbits(64)), self.now)
             for name in names
         }
-        self.invariants = Invariants(self.members, founding)
+        self.invariants = Invariants(self.members)
 
     def __getitem__(self, name: str) -> Member:
         return self.members[name]

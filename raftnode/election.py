@@ -8,8 +8,11 @@
     write     one transaction: ballot, entries, effects of what has committed, commit_id
     after     what promises that something is on disk: votes, acknowledgements; and what this write has committed
 
-The way of a put: `_on_write` appends it to the journal -> *before* sends it to the followers -> *write* makes it
-durable here -> acknowledgements arrive, a later *take* commits it -> `_settle` applies it and answers the client.
+The way of a put: `Requests` proposes it to the consensus, which appends it to the journal -> *before* sends it to the
+followers -> *write* makes it durable here -> acknowledgements arrive and, in a later *take*, commit it ->
+`_settle` applies it and answers the client.
+
+`requests` has the clients that wait, `handshake` who may be at the other end of a link.
 
 Public methods may be called from any thread: they become letters in the mailbox, and wait for the answer. When no loop
 runs (a test, a simulator), the calling thread takes the turns itself.
@@ -22,69 +25,52 @@ import queue
 import random
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from typing import Any, Final, TypeVar
 
-import msgspec
 from msgspec import UNSET, Struct
 
 from raftnode.config import Role, canonical_address
-from raftnode.connections import Connection
-from raftnode.consensus.raft import Raft, Ready
-from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, StoreDamaged, error_for
+from raftnode.consensus.raft import Raft, Ready, Ticket
+from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, error_for
+from raftnode.handshake import Handshake
 from raftnode.log import get_logger
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply, Task, drain
 from raftnode.messages import (
     PEER_TYPES,
-    PROTOCOL_VERSION,
     AddPeer,
     AddPeerAnswer,
     Answer,
     AnyRequest,
-    ClientRequest,
     Data,
     DataAnswer,
     Delete,
-    DeleteAnswer,
-    DeleteCommand,
-    Entry,
     Get,
-    GetAnswer,
     Heartbeat,
     HeartbeatAnswer,
     Hello,
-    HelloAnswer,
     PeerAnswer,
     Peers,
     PeersAnswer,
     Ping,
     PingAnswer,
     Put,
-    PutAnswer,
-    PutCommand,
-    Refusal,
     RemovePeer,
     Staged,
     Status,
     StatusAnswer,
     VoteAnswer,
     VoteRequest,
-    check_value,
     decode_object,
     encode,
-    encode_command,
-    store_key,
     to_request,
 )
-from raftnode.namespaces import Outcome
-from raftnode.store import Store, found
+from raftnode.requests import OPEN, Requests
+from raftnode.store import Store
 from raftnode.transport import Transport
 from raftnode.version import __version__
 
 T = TypeVar("T")
-
-OPEN: Final = "the outcome is open: the write may have happened, or may happen yet. Read the key before you repeat it"
 
 
 class _Caller:
@@ -107,7 +93,7 @@ class _Caller:
 class Election:
     """Drives one node. Owns the `Raft` of this node, and alone writes the store.
 
-    Invariants: each arrival is answered once; `_waiting` holds only entries of this leader's current term.
+    Invariant: one turn at a time, whichever thread takes it.
     """
 
     def __init__(self, transport: Transport, store: Store, queue: queue.Queue[list[Letter]]) -> None:
@@ -128,17 +114,19 @@ class Election:
         self.me = transport.my_ip
         self.log = get_logger("election", node=self.me)
         self.raft = self._new_raft()
+        self.requests = Requests(self.me, self.raft, store, transport, self.settings, self.log)
+        self.handshake = Handshake(self.me, self.raft, store, transport, self.log)
         transport.identify(str(store.cluster_id), store.node_id)
         transport.set_peers(list(self.raft.others))
         transport.attach(self, self.settings)
         self._handlers: dict[type[Struct], Callable[[Arrival], None]] = {
-            Put: self._on_write,
-            Delete: self._on_write,
-            Get: self._on_get,
+            Put: self.requests.take,
+            Delete: self.requests.take,
+            Get: self.requests.take,
             Heartbeat: self._on_peer_request,
             Data: self._on_data,
             VoteRequest: self._on_peer_request,
-            Hello: self._on_hello,
+            Hello: self.handshake.on_hello,
             Ping: self._on_ping,
             Peers: self._on_peers,
             Status: self._on_status,
@@ -146,23 +134,11 @@ class Election:
             RemovePeer: self._on_remove_peer,
         }
         self._turn_lock = threading.Lock()
-        self._started = self.clock()
+        self._now = self._started = self.clock()
         self._is_timed = False
-        self._stopping_since: float | None = None
-        self._lead_term = 0  # the term that this node leads in; 0 when it does not
-        self._waiting: dict[int, Arrival] = {}  # by commit_id, oldest first: writes of clients, not committed yet
-        self._parked: deque[Arrival] = deque()  # no leader to serve them or to pass them on to
-        self._forwarded: set[Arrival] = set()  # passed on to the leader
-        self._reads: set[Arrival] = set()  # in a read round
-        self._local_reads: list[Arrival] = []
-        self._after_write: list[Callable[[], None]] = []  # hellos: the node id that they bind must be durable first
         self._effects_since: float | None = None
-        self._readers_checked = self.clock()
-        self._expire_due = self._started
+        self._readers_checked = self._started
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
-        self._serving_state: tuple[Any, ...] = ()
-        self._refusals: dict[str, str] = {}
-        self._is_full = False
         self._complaint = ""
 
     def _new_raft(self) -> Raft:
@@ -178,14 +154,14 @@ class Election:
         clock = self.clock if now is None else lambda: now
         with self._turn_lock:
             self._set_clock(clock())
-            self._retry_parked()
+            self.requests.begin_turn(self._now)
             for letter in drain(self.queue):
                 self._take(letter)
-            self._expire()
-            self._end_grace()
+            self.requests.expire()
             if self._is_timed:
                 self.raft.tick()
             ready = self.raft.ready()
+
             self._settle(ready)
             if ready.ballot is None:
                 self._post(ready)
@@ -194,9 +170,10 @@ class Election:
             if self._must_write(ready):
                 self._write(ready, clock)
             self.raft.written()
+
             if ready.ballot is not None:
                 self._post(ready)
-            self._promise(ready)
+            self._give(ready.promises)
             self._finish()
             self.transport.flush()
             return self._next_due()
@@ -207,7 +184,7 @@ class Election:
 
     def _must_write(self, ready: Ready) -> bool:
         """The log and the ballot never wait for their transaction; effects alone may, for `flush_delay_ms`."""
-        if ready.ballot is not None or self.store.journal.has_unwritten or self._after_write:
+        if ready.ballot is not None or self.store.journal.has_unwritten or self.handshake.needs_write:
             return True
         if not self.store.has_effects:
             self._effects_since = None
@@ -234,310 +211,64 @@ class Election:
             self._post(after)
             if self.raft.applied == self.raft.commit_id:
                 break
-        for finish in self._after_write:
-            finish()
-        self._after_write.clear()
+        self.handshake.finish()
         self.raft.forget_old_entries()
         self._note_changes()
         self._clear_dead_readers()
 
     def _next_due(self) -> float:
-        if self._parked and self._serves_anew():
+        if self.requests.want_turn:
             return self._now
         due = self.raft.deadline()
         if self._effects_since is not None or self.store.has_effects:
             due = min(due, (self._effects_since or self._now) + self.settings.flush_delay_ms / 1000)
         return due
 
-    def _post(self, ready: Ready) -> None:
-        for peer, request in ready.requests:
-            self.transport.post(peer, request)
-        for ticket, answer in ready.answers:
-            self._give(ticket, answer)
-
-    def _promise(self, ready: Ready) -> None:
-        for ticket, answer in ready.promises:
-            self._give(ticket, answer)
-
-    @staticmethod
-    def _give(ticket: object, answer: PeerAnswer) -> None:
-        assert isinstance(ticket, Arrival), "tickets are the arrivals that came with the requests"
-        ticket.answer(answer)
-
-    # --- what has committed, and the reads that waited for it ---
-
     def _settle(self, ready: Ready) -> None:
         """Apply what has committed and answer who waited for it. A majority holds it durably: that is all that these
         answers promise, so they need not wait for this node's own transaction."""
-        outcomes = self.store.apply(ready.committed)
-        if self._waiting:
-            for entry, outcome in zip(ready.committed, outcomes, strict=True):
-                self._answer_write(entry, outcome)
-        self._parked.extend(self._still_awaited(ready.dropped_reads))
-        reads = [*self._still_awaited(ready.reads), *self._local_reads]
-        if reads:
-            self._local_reads = []
-            self._answer_reads(reads)
-        if self._lead_term and not (self.raft.is_leader and self.raft.term == self._lead_term):
-            self._give_up_leading()
+        self.requests.settle(ready, self.store.apply(ready.committed))
 
-    def _still_awaited(self, tokens: list[object]) -> list[Arrival]:
-        """Those reads whose time is not up."""
-        reads = [token for token in tokens if isinstance(token, Arrival) and token in self._reads]
-        self._reads.difference_update(reads)
-        return reads
+    def _post(self, ready: Ready) -> None:
+        for peer, request in ready.requests:
+            self.transport.post(peer, request)
+        self._give(ready.answers)
 
-    def _answer_write(self, entry: Entry, outcome: Outcome) -> None:
-        arrival = self._waiting.pop(entry.commit_id, None)
-        if arrival is None:
-            return
-        if entry.term != self._lead_term:
-            arrival.refuse("not_committed", f"leadership was lost; {OPEN}")
-        elif isinstance(arrival.message, Put):
-            arrival.answer(
-                PutAnswer(data=True, commit_id=outcome.commit_id, version=outcome.version, replaced=outcome.replaced)
-            )
-        else:
-            arrival.answer(DeleteAnswer(data=True, commit_id=outcome.commit_id, replaced=outcome.replaced))
-
-    def _answer_reads(self, reads: list[Arrival]) -> None:
-        """From one snapshot that holds everything applied."""
-        room = []
-        for arrival in reads:
-            if arrival.origin.is_full:
-                arrival.origin.defer(arrival)
-            else:
-                room.append(arrival)
-        try:
-            records = self.store.find([_key_of(arrival.message) for arrival in room])
-        except StoreDamaged:
-            self._answer_reads_singly(room)
-            return
-        for arrival, record in zip(room, records, strict=True):
-            message = arrival.message
-            assert isinstance(message, Get)
-            arrival.answer(
-                GetAnswer(
-                    data=found(message.key, message.namespace, record),
-                    commit_id=self.store.commit_id,
-                    consistency=UNSET if message.consistency == "linearizable" else message.consistency,
-                )
-            )
-
-    def _answer_reads_singly(self, reads: list[Arrival]) -> None:
-        """One of these values is damaged: its reader is told so, the others get theirs."""
-        for arrival in reads:
-            try:
-                self.store.find([_key_of(arrival.message)])
-            except StoreDamaged as damage:
-                self.log.error("damaged_value", why=str(damage))
-                arrival.refuse("damaged", str(damage))
-            else:
-                self._answer_reads([arrival])
-
-    def _give_up_leading(self) -> None:
-        """What was staged may still be committed by the next leader, or cut."""
-        self._lead_term = 0
-        for arrival in self._waiting.values():
-            arrival.refuse("not_committed", f"leadership was lost; {OPEN}")
-        self._waiting.clear()
+    @staticmethod
+    def _give(answers: list[tuple[Ticket, PeerAnswer]]) -> None:
+        for ticket, answer in answers:
+            assert isinstance(ticket, Arrival), "tickets are the arrivals that came with the requests"
+            ticket.answer(answer)
 
     # --- letters ---
 
     def _take(self, letter: Letter) -> None:
         match letter:
             case Arrival():
-                self._take_request(letter)
+                self._handlers[type(letter.message)](letter)
             case Reply():
                 self._take_reply(letter)
             case Greeting():
-                self._on_greeting(letter)
+                self.handshake.on_greeting(letter)
             case Cut():
-                self._on_cut(letter)
+                self.raft.unreachable(letter.peer)
+                self.raft.suspect(letter.peer)
+                self.requests.cut_off(letter.forwarded)
             case Task():
                 letter.run()
 
-    def _take_request(self, arrival: Arrival) -> None:
-        arrival.deadline = self._now + self.settings.request_timeout_ms / 1000
-        if self._stopping_since is not None and isinstance(arrival.message, ClientRequest):
-            arrival.refuse("shutting_down", _STOPPING)
-            return
-        self._handlers[type(arrival.message)](arrival)
-
     def _take_reply(self, reply: Reply) -> None:
         if reply.forwarded is not None:
-            self._on_forwarded_answer(reply.forwarded, reply.answer)
+            self.requests.take_forwarded(reply.forwarded, reply.answer)
         elif isinstance(reply.answer, VoteAnswer | HeartbeatAnswer | DataAnswer):
             if reply.answer.error is not UNSET:
-                self._note_refusal(reply.peer, reply.answer.error.code, reply.answer.error.message)
+                self.handshake.note_refusal(reply.peer, reply.answer.error.code, reply.answer.error.message)
             else:
                 self.raft.take(reply.peer, reply.answer)
         else:
             self.log.warning("strange_answer", peer=reply.peer, type=type(reply.answer).__name__)
 
-    def _on_cut(self, cut: Cut) -> None:
-        self.raft.unreachable(cut.peer)
-        self.raft.suspect(cut.peer)
-        for arrival in cut.forwarded:
-            if arrival in self._forwarded:
-                self._forwarded.remove(arrival)
-                if isinstance(arrival.message, Get):
-                    self._park(arrival)
-                else:
-                    self._refuse_forwarded(arrival, "the connection to the leader was cut")
-
-    # --- requests of clients ---
-
-    def _on_write(self, arrival: Arrival) -> None:
-        message = arrival.message
-        assert isinstance(message, Put | Delete)
-        try:
-            store_key(message.namespace, message.key)
-            if isinstance(message, Put):
-                check_value(message.value, self.settings)
-        except ProtocolError as error:
-            arrival.refuse(error.code, str(error))
-            return
-        if not self.raft.is_leader:
-            self._pass_on(arrival)
-        elif not self._refuses_write(arrival):
-            self._propose(arrival, message)
-
-    def _refuses_write(self, arrival: Arrival) -> bool:
-        """Answer a write that this leader can't take now."""
-        if len(self._waiting) >= self.settings.waiting_requests or (
-            self.raft.uncommitted_bytes > self.settings.uncommitted_bytes
-        ):
-            arrival.refuse("overloaded", "too many writes wait for their commit; try again later")
-        elif isinstance(arrival.message, Put) and self._is_short_of_room():
-            room, reserve = self.store.room(self._now), self.settings.reserve_bytes
-            arrival.refuse(
-                "storage_full",
-                f"{room} bytes of room are left, below the reserve of {reserve}: delete keys or make room on the disk; "
-                "writes go on by themselves then",
-            )
-        else:
-            return False
-        return True
-
-    def _is_short_of_room(self) -> bool:
-        is_full = self.store.room(self._now) < self.settings.reserve_bytes
-        if is_full != self._is_full:
-            self._is_full = is_full
-            self.log.warning("storage_full" if is_full else "storage_has_room", room=self.store.room(self._now))
-        return is_full
-
-    def _propose(self, arrival: Arrival, message: Put | Delete) -> None:
-        client = message.client or arrival.origin.client
-        command: PutCommand | DeleteCommand
-        if isinstance(message, Put):
-            command = PutCommand(namespace=message.namespace, key=message.key, value=message.value, client=client)
-        else:
-            command = DeleteCommand(namespace=message.namespace, key=message.key, client=client)
-        self._lead_term = self.raft.term
-        self._waiting[self.raft.propose(encode_command(command))] = arrival
-
-    def _on_get(self, arrival: Arrival) -> None:
-        message = arrival.message
-        assert isinstance(message, Get)
-        try:
-            store_key(message.namespace, message.key)
-        except ProtocolError as error:
-            arrival.refuse(error.code, str(error))
-            return
-        if message.consistency == "local":
-            self._local_reads.append(arrival)
-        elif not self.raft.is_leader:
-            self._pass_on(arrival)
-        elif not self.raft.may_serve_reads:
-            self._park(arrival)
-        elif len(self._reads) >= self.settings.waiting_requests:
-            arrival.refuse("overloaded", "too many reads wait; try again later")
-        else:
-            self._reads.add(arrival)
-            self.raft.read(arrival)
-
-    def _pass_on(self, arrival: Arrival) -> None:
-        """To the leader with it; what was passed on once is not passed on again."""
-        message, leader = arrival.message, self.raft.leader
-        assert isinstance(message, ClientRequest)
-        if message.forwarded:
-            arrival.refuse("no_leader", "this node is not the leader any more; try again")
-        elif leader is None or leader == self.me or not self.transport.can_forward(leader):
-            self._park(arrival)
-        elif len(self._forwarded) >= self.settings.waiting_requests:
-            arrival.refuse("overloaded", "too many requests wait for the leader; try again later")
-        else:
-            self._forwarded.add(arrival)
-            client = message.client or arrival.origin.client
-            request = msgspec.structs.replace(message, forwarded=True, client=client, id=UNSET)
-            self.transport.forward(leader, request, arrival)
-
-    def _on_forwarded_answer(self, arrival: Arrival, answer: Answer) -> None:
-        """The leader's answer, for the client. What surely was not executed is tried again while there is time."""
-        if arrival not in self._forwarded:
-            return  # its time was up
-        self._forwarded.remove(arrival)
-        if answer.error is not UNSET and answer.error.code in ("no_leader", "shutting_down"):
-            self._park(arrival)
-        elif isinstance(answer, Refusal):
-            assert answer.error is not UNSET
-            arrival.refuse("internal", f"the leader did not understand the request: {answer.error.message}")
-        else:
-            arrival.answer(answer)
-
-    def _park(self, arrival: Arrival) -> None:
-        """Keep it until there is a leader, or its time is up."""
-        if self._stopping_since is not None:
-            arrival.refuse("shutting_down", _STOPPING)
-        elif len(self._parked) >= self.settings.waiting_requests:
-            arrival.refuse("overloaded", "too many requests wait for a leader; try again later")
-        else:
-            self._parked.append(arrival)
-
-    def _serves_anew(self) -> bool:
-        """True when requests that wait for a leader should be tried again: who can serve them has changed."""
-        leader = self.raft.leader
-        can_forward = leader is not None and leader != self.me and self.transport.can_forward(leader)
-        return self._serving_state != (self.raft.term, leader, self.raft.may_serve_reads, can_forward) and (
-            can_forward or self.raft.is_leader
-        )
-
-    def _retry_parked(self) -> None:
-        """Take what waited for a leader again, once it can be served."""
-        if not self._parked or not self._serves_anew():
-            return
-        leader = self.raft.leader
-        can_forward = leader is not None and leader != self.me and self.transport.can_forward(leader)
-        self._serving_state = (self.raft.term, leader, self.raft.may_serve_reads, can_forward)
-        parked, self._parked = self._parked, deque()
-        for arrival in parked:
-            self._handlers[type(arrival.message)](arrival)
-
-    def _expire(self) -> None:
-        """Answer those whose time is up."""
-        if self._now < self._expire_due:
-            return
-        self._expire_due = self._now + self.settings.heartbeat_ms / 1000
-        for commit_id in [n for n, arrival in self._waiting.items() if arrival.deadline <= self._now]:
-            self._waiting.pop(commit_id).refuse("not_committed", f"no majority confirmed in time; {OPEN}")
-        for arrival in [a for a in self._forwarded if a.deadline <= self._now]:
-            self._forwarded.discard(arrival)
-            self._refuse_forwarded(arrival, "the leader did not answer in time")
-        for arrival in [a for a in self._reads if a.deadline <= self._now]:
-            self._reads.discard(arrival)
-            arrival.refuse("no_leader", "no majority confirmed the leader in time")
-        for arrival in [a for a in self._parked if a.deadline <= self._now]:
-            self._parked.remove(arrival)
-            arrival.refuse("no_leader", "no leader was found in time; not executed")
-
-    @staticmethod
-    def _refuse_forwarded(arrival: Arrival, why: str) -> None:
-        """A read that was passed on can be repeated; of a write it is not known what became of it."""
-        if isinstance(arrival.message, Get):
-            arrival.refuse("no_leader", why)
-        else:
-            arrival.refuse("not_committed", f"{why}; {OPEN}")
+    # --- questions ---
 
     def _on_ping(self, arrival: Arrival) -> None:
         arrival.answer(PingAnswer(node=self.me))
@@ -579,7 +310,7 @@ class Election:
             "first": store.journal.first,
             "members": members,
             "connections": self.transport.connection_count,
-            "waiting": len(self._waiting) + len(self._reads) + len(self._forwarded) + len(self._parked),
+            "waiting": self.requests.count,
             "syncs": store.syncs,
             "storage": {**store.sizes(), "full": store.room(self._now) < self.settings.reserve_bytes},
             "uptime_s": round(self._now - self._started, 3),
@@ -606,7 +337,7 @@ class Election:
     # --- other members ---
 
     def _on_peer_request(self, arrival: Arrival) -> None:
-        if self._is_from_member(arrival):
+        if self._is_trusted(arrival):
             message = arrival.message
             assert isinstance(message, VoteRequest | Heartbeat | Data)
             self.raft.step(arrival, message)
@@ -617,102 +348,12 @@ class Election:
         assert isinstance(message, Data)
         if not message.entries or self.store.room(self._now) >= self.settings.reserve_bytes // 2:
             self._on_peer_request(arrival)
-        elif self._is_from_member(arrival):
+        elif self._is_trusted(arrival):
             self.raft.refuse_for_space(arrival, message)
 
-    def _is_from_member(self, arrival: Arrival) -> bool:
-        """Members say hello before anything else, and speak only for themselves."""
-        origin, message = arrival.origin, arrival.message
-        if isinstance(origin, _Caller):
-            return True
-        says = message.staged.address if isinstance(message, VoteRequest) else getattr(message, "leader", "")
-        if origin.peer is None:
-            arrival.refuse("wrong_cluster", "members say hello first; clients don't send this type")
-        elif says != origin.peer:
-            arrival.refuse("bad_request", f"{origin.peer} can't speak for {says}")
-        else:
-            return True
-        return False
-
-    def _on_hello(self, arrival: Arrival) -> None:
-        """Another member, or a stranger, opens a link to us (rule 9)."""
-        hello, connection = arrival.message, arrival.origin
-        assert isinstance(hello, Hello)
-        if not isinstance(connection, Connection):
-            arrival.refuse("bad_request", "hello begins a connection between members")
-            return
-        problem = self._problem_with(hello.cluster, hello.node, hello.address, hello.protocol)
-        if problem is not None:
-            self._note_refusal(hello.address, *problem)
-            arrival.refuse(*problem)
-            connection.close_after_answer()
-            return
-
-        def welcome() -> None:
-            if hello.link:
-                self.transport.replace_connection(connection, hello.address)
-            connection.become_link_of(hello.address)
-            cluster = str(self.store.cluster_id)
-            arrival.answer(HelloAnswer(cluster=cluster, node=self.store.node_id, address=self.me))
-
-        self._once_bound(hello.address, hello.node, welcome)
-
-    def _on_greeting(self, greeting: Greeting) -> None:
-        """The other end of our link says who it is."""
-        peer, answer = greeting.peer, greeting.answer
-        if answer.error is not UNSET:
-            problem: tuple[str, str] | None = (answer.error.code, answer.error.message)
-        else:
-            problem = self._problem_with(answer.cluster, answer.node, peer, PROTOCOL_VERSION)
-        if problem is not None:
-            self._note_refusal(peer, *problem)
-            self.transport.refuse(peer)
-            return
-
-        def admit() -> None:
-            self._refusals.pop(peer, None)
-            self.transport.admit(peer)
-            self.raft.unreachable(peer)  # what was posted while there was no link is lost
-            self.log.info("peer_connected", peer=peer)
-
-        self._once_bound(peer, answer.node, admit)
-
-    def _once_bound(self, peer: str, node: str, then: Callable[[], None]) -> None:
-        """The id of a member met for the first time is on disk before anything is exchanged with it."""
-        if self.raft.membership.node_of(peer) == "":
-            self.store.bind(peer, node)
-            self._after_write.append(then)
-        else:
-            then()
-
-    def _problem_with(self, cluster: str, node: str, address: str, protocol: int) -> tuple[str, str] | None:
-        """Why the node at the other end is not the member that it should be: (code, words), or None."""
-        known = self.raft.membership.node_of(address)
-        if protocol != PROTOCOL_VERSION:
-            return (
-                "wrong_protocol",
-                f"{self.me} speaks protocol {PROTOCOL_VERSION}, {address} speaks {protocol}: upgrade",
-            )
-        if cluster != self.store.cluster_id:
-            founders = ", ".join(sorted(self.raft.membership.voters))
-            return "wrong_cluster", (
-                f"{self.me} is of cluster {self.store.cluster_id} (members {founders}), {address} of cluster "
-                f"{cluster}: start all nodes of a cluster with the same set of addresses, in --ip and --peers together"
-            )
-        if known is None or address == self.me:
-            return "not_member", f"{address} is not another member of the cluster of {self.me}"
-        if known not in ("", node):
-            return "wrong_node", (
-                f"{address} is known to {self.me} as node {known}, but node {node} answers there: its data "
-                "directory was lost or exchanged. Give it its own directory back"
-            )
-        return None
-
-    def _note_refusal(self, peer: str, code: str, message: str) -> None:
-        """Say once why a node and this one do not work together; tries go on."""
-        if self._refusals.get(peer) != message:
-            self._refusals[peer] = message
-            self.log.error("peer_refused", peer=peer, code=code, why=message)
+    def _is_trusted(self, arrival: Arrival) -> bool:
+        """From a member, or from the program that embeds this node."""
+        return isinstance(arrival.origin, _Caller) or self.handshake.is_from_member(arrival)
 
     # --- housekeeping ---
 
@@ -737,31 +378,14 @@ class Election:
     def begin_stop(self) -> None:
         """Take no more requests, and let those under way finish; `is_idle` tells when, at the latest after
         `stop_grace_ms`."""
-        if self._stopping_since is None:
-            self._stopping_since = self.clock()
-            self.log.info("stopping", waiting=len(self._waiting))
-            for arrival in self._parked:
-                arrival.refuse("shutting_down", _STOPPING)
-            self._parked.clear()
+        if not self.requests.is_stopping:
+            self.log.info("stopping", waiting=self.requests.count)
+            self.requests.begin_stop(self.clock())
 
     @property
     def is_idle(self) -> bool:
         """True when nobody waits for an answer any more."""
-        return not (self._waiting or self._forwarded or self._reads or self._parked)
-
-    def _end_grace(self) -> None:
-        """Time to finish is over: what is still under way is open."""
-        if self._stopping_since is None or self._now - self._stopping_since < self.settings.stop_grace_ms / 1000:
-            return
-        for arrival in self._waiting.values():
-            arrival.refuse("not_committed", f"this node stops; {OPEN}")
-        for arrival in self._forwarded:
-            self._refuse_forwarded(arrival, "this node stops")
-        for arrival in self._reads:
-            arrival.refuse("shutting_down", _STOPPING)
-        self._waiting.clear()
-        self._forwarded.clear()
-        self._reads.clear()
+        return self.requests.count == 0
 
     def close(self) -> None:
         """After the last turn: bring the effects to the disk, so that the next start has nothing to catch up on."""
@@ -883,9 +507,3 @@ class Election:
 
 
 _FIXED: Final = "it is the set of addresses with which the cluster was first started"
-_STOPPING: Final = "this node is stopping; try another node"
-
-
-def _key_of(message: AnyRequest) -> bytes:
-    assert isinstance(message, Get)
-    return store_key(message.namespace, message.key)

@@ -1,0 +1,136 @@
+"""Who is at the other end: the hello between members (rule 9). Part of the driver (layer 3).
+
+Every link begins with cluster id, node id, address and protocol version, and each side checks the other's. Members are
+known by address *and* node id: a node that lost its disk comes back with another id and is not taken for the old voter,
+whose promises it has forgotten. An id met for the first time is written down before anything is exchanged with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from msgspec import UNSET
+
+from raftnode.connections import Connection
+from raftnode.consensus.raft import Raft
+from raftnode.mailbox import Arrival, Greeting
+from raftnode.messages import PROTOCOL_VERSION, Hello, HelloAnswer, VoteRequest
+from raftnode.store import Store
+from raftnode.transport import Transport
+
+
+class Handshake:
+    """Greets and refuses other nodes."""
+
+    def __init__(self, me: str, raft: Raft, store: Store, transport: Transport, log: Any) -> None:
+        self._me = me
+        self._raft = raft
+        self._store = store
+        self._transport = transport
+        self._log = log
+        self._refusals: dict[str, str] = {}
+        self._welcomes: list[Callable[[], None]] = []
+
+    @property
+    def needs_write(self) -> bool:
+        """True when a node id was learned that must be on disk before its owner is answered."""
+        return bool(self._welcomes)
+
+    def finish(self) -> None:
+        """What was learned is on disk: answer."""
+        welcomes, self._welcomes = self._welcomes, []
+        for welcome in welcomes:
+            welcome()
+
+    def on_hello(self, arrival: Arrival) -> None:
+        """Another member, or a stranger, opens a link to us (rule 9)."""
+        hello, connection = arrival.message, arrival.origin
+        assert isinstance(hello, Hello)
+        if not isinstance(connection, Connection):
+            arrival.refuse("bad_request", "hello begins a connection between members")
+            return
+        problem = self._problem_with(hello.cluster, hello.node, hello.address, hello.protocol)
+        if problem is not None:
+            self.note_refusal(hello.address, *problem)
+            arrival.refuse(*problem)
+            connection.close_after_answer()
+            return
+
+        def welcome() -> None:
+            if hello.link:
+                self._transport.replace_connection(connection, hello.address)
+            connection.become_link_of(hello.address)
+            cluster = str(self._store.cluster_id)
+            arrival.answer(HelloAnswer(cluster=cluster, node=self._store.node_id, address=self._me))
+
+        self._once_bound(hello.address, hello.node, welcome)
+
+    def on_greeting(self, greeting: Greeting) -> None:
+        """The other end of our link says who it is."""
+        peer, answer = greeting.peer, greeting.answer
+        if answer.error is not UNSET:
+            problem: tuple[str, str] | None = (answer.error.code, answer.error.message)
+        else:
+            problem = self._problem_with(answer.cluster, answer.node, peer, PROTOCOL_VERSION)
+        if problem is not None:
+            self.note_refusal(peer, *problem)
+            self._transport.refuse(peer)
+            return
+
+        def admit() -> None:
+            self._refusals.pop(peer, None)
+            self._transport.admit(peer)
+            self._raft.unreachable(peer)  # what was posted while there was no link is lost
+            self._log.info("peer_connected", peer=peer)
+
+        self._once_bound(peer, answer.node, admit)
+
+    def is_from_member(self, arrival: Arrival) -> bool:
+        """Members say hello before anything else, and speak only for themselves."""
+        origin, message = arrival.origin, arrival.message
+        says = message.staged.address if isinstance(message, VoteRequest) else getattr(message, "leader", "")
+        if origin.peer is None:
+            arrival.refuse("wrong_cluster", "members say hello first; clients don't send this type")
+        elif says != origin.peer:
+            arrival.refuse("bad_request", f"{origin.peer} can't speak for {says}")
+        else:
+            return True
+        return False
+
+    def _once_bound(self, peer: str, node: str, then: Callable[[], None]) -> None:
+        """The id of a member met for the first time is on disk before anything is exchanged with it."""
+        if self._raft.membership.node_of(peer) == "":
+            self._store.bind(peer, node)
+            self._welcomes.append(then)
+        else:
+            then()
+
+    def _problem_with(self, cluster: str, node: str, address: str, protocol: int) -> tuple[str, str] | None:
+        """Why the node at the other end is not the member that it should be: (code, words), or None."""
+        known = self._raft.membership.node_of(address)
+        if protocol != PROTOCOL_VERSION:
+            return (
+                "wrong_protocol",
+                f"{self._me} speaks protocol {PROTOCOL_VERSION}, {address} speaks {protocol}: upgrade",
+            )
+        if cluster != self._store.cluster_id:
+            founders = ", ".join(sorted(self._raft.membership.voters))
+            return "wrong_cluster", (
+                f"{self._me} is of cluster {self._store.cluster_id} (members {founders}), {address} of cluster "
+                f"{cluster}: start all nodes of a cluster with the same set of addresses, in --ip and --peers together"
+            )
+        if known is None or address == self._me:
+            return "not_member", f"{address} is not another member of the cluster of {self._me}"
+        if known not in ("", node):
+            return "wrong_node", (
+                f"{address} is known to {self._me} as node {known}, but node {node} answers there: its data "
+                "directory was lost or exchanged. Give it its own directory back"
+            )
+        return None
+
+    def note_refusal(self, peer: str, code: str, message: str) -> None:
+        """Say once why a node and this one do not work together; tries go on."""
+        if self._refusals.get(peer) != message:
+            self._refusals[peer] = message
+            self._log.error("peer_refused", peer=peer, code=code, why=message)

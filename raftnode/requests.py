@@ -1,0 +1,366 @@
+"""The requests of clients, from their arrival to their answer: who waits, and for what. Part of the driver (layer 3).
+
+    a write    on the leader: proposed, waits for its commit               `_waiting`, by commit_id
+    a read     on the leader: waits for a read round                       `_reads`
+    either     on another member: passed on, waits for the leader's answer `_forwarded`
+    either     while no leader is known or reachable: waits for one        `_parked`
+
+Each of these is bounded, has a deadline, and ends with exactly one answer. An answer says "failed" only of what was
+never appended; after a timeout, a lost leadership or a cut connection a write is open: `not_committed` (rule 12).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET
+
+from raftnode.config import Settings
+from raftnode.consensus.raft import Raft, Ready
+from raftnode.errors import ProtocolError, StoreDamaged
+from raftnode.mailbox import Arrival
+from raftnode.messages import (
+    Answer,
+    AnyRequest,
+    ClientRequest,
+    Delete,
+    DeleteAnswer,
+    DeleteCommand,
+    Entry,
+    Get,
+    GetAnswer,
+    Put,
+    PutAnswer,
+    PutCommand,
+    Refusal,
+    check_value,
+    encode_command,
+    store_key,
+)
+from raftnode.namespaces import Outcome
+from raftnode.store import Store, found
+from raftnode.transport import Transport
+
+OPEN: Final = "the outcome is open: the write may have happened, or may happen yet. Read the key before you repeat it"
+STOPPING: Final = "this node is stopping; try another node"
+
+
+class Requests:
+    """The clients that wait at one node.
+
+    Invariants: each arrival is answered once; `_waiting` holds only entries of this leader's current term.
+    """
+
+    def __init__(self, me: str, raft: Raft, store: Store, transport: Transport, settings: Settings, log: Any) -> None:
+        self._me = me
+        self._raft = raft
+        self._store = store
+        self._transport = transport
+        self._settings = settings
+        self._log = log
+        self._now = 0.0
+        self._expire_due = 0.0
+        self._stopping_since: float | None = None
+        self._lead_term = 0  # the term that this node leads in; 0 when it does not
+        self._waiting: dict[int, Arrival] = {}
+        self._reads: set[Arrival] = set()
+        self._local_reads: list[Arrival] = []
+        self._forwarded: set[Arrival] = set()
+        self._parked: deque[Arrival] = deque()
+        self._serving_state: tuple[Any, ...] = ()
+        self._is_full = False
+
+    @property
+    def count(self) -> int:
+        """How many clients wait."""
+        return len(self._waiting) + len(self._reads) + len(self._forwarded) + len(self._parked)
+
+    @property
+    def want_turn(self) -> bool:
+        """True when there is something to do that does not wait for a letter."""
+        return bool(self._parked) and self._serves_anew()
+
+    # --- in ---
+
+    def begin_turn(self, now: float) -> None:
+        """A turn begins: take again what waited for a leader, once there is one."""
+        self._now = now
+        if self.want_turn:
+            self._serving_state = self._serving
+            parked, self._parked = self._parked, deque()
+            for arrival in parked:
+                self._dispatch(arrival)
+
+    def take(self, arrival: Arrival) -> None:
+        """A client's put, delete or get."""
+        arrival.deadline = self._now + self._settings.request_timeout_ms / 1000
+        if self._stopping_since is not None:
+            arrival.refuse("shutting_down", STOPPING)
+        else:
+            self._dispatch(arrival)
+
+    def _dispatch(self, arrival: Arrival) -> None:
+        message = arrival.message
+        assert isinstance(message, Put | Delete | Get)
+        try:
+            store_key(message.namespace, message.key)
+            if isinstance(message, Put):
+                check_value(message.value, self._settings)
+        except ProtocolError as error:
+            arrival.refuse(error.code, str(error))
+            return
+        if isinstance(message, Get):
+            self._read(arrival, message)
+        elif not self._raft.is_leader:
+            self._pass_on(arrival, message)
+        elif not self._refuses_write(arrival):
+            self._propose(arrival, message)
+
+    def _refuses_write(self, arrival: Arrival) -> bool:
+        """Answer a write that this leader can't take now."""
+        if len(self._waiting) >= self._settings.waiting_requests or (
+            self._raft.uncommitted_bytes > self._settings.uncommitted_bytes
+        ):
+            arrival.refuse("overloaded", "too many writes wait for their commit; try again later")
+        elif isinstance(arrival.message, Put) and self._is_short_of_room():
+            room, reserve = self._store.room(self._now), self._settings.reserve_bytes
+            arrival.refuse(
+                "storage_full",
+                f"{room} bytes of room are left, below the reserve of {reserve}: delete keys or make room on the disk; "
+                "writes go on by themselves then",
+            )
+        else:
+            return False
+        return True
+
+    def _is_short_of_room(self) -> bool:
+        is_full = self._store.room(self._now) < self._settings.reserve_bytes
+        if is_full != self._is_full:
+            self._is_full = is_full
+            self._log.warning("storage_full" if is_full else "storage_has_room", room=self._store.room(self._now))
+        return is_full
+
+    def _propose(self, arrival: Arrival, message: Put | Delete) -> None:
+        client = message.client or arrival.origin.client
+        command: PutCommand | DeleteCommand
+        if isinstance(message, Put):
+            command = PutCommand(namespace=message.namespace, key=message.key, value=message.value, client=client)
+        else:
+            command = DeleteCommand(namespace=message.namespace, key=message.key, client=client)
+        self._lead_term = self._raft.term
+        self._waiting[self._raft.propose(encode_command(command))] = arrival
+
+    def _read(self, arrival: Arrival, message: Get) -> None:
+        if message.consistency == "local":
+            self._local_reads.append(arrival)
+        elif not self._raft.is_leader:
+            self._pass_on(arrival, message)
+        elif not self._raft.may_serve_reads:
+            self._park(arrival)
+        elif len(self._reads) >= self._settings.waiting_requests:
+            arrival.refuse("overloaded", "too many reads wait; try again later")
+        else:
+            self._reads.add(arrival)
+            self._raft.read(arrival)
+
+    def _pass_on(self, arrival: Arrival, message: ClientRequest) -> None:
+        """To the leader with it; what was passed on once is not passed on again."""
+        leader = self._raft.leader
+        if message.forwarded:
+            arrival.refuse("no_leader", "this node is not the leader any more; try again")
+        elif leader is None or not self._can_forward:
+            self._park(arrival)
+        elif len(self._forwarded) >= self._settings.waiting_requests:
+            arrival.refuse("overloaded", "too many requests wait for the leader; try again later")
+        else:
+            self._forwarded.add(arrival)
+            client = message.client or arrival.origin.client
+            request = msgspec.structs.replace(message, forwarded=True, client=client, id=UNSET)
+            self._transport.forward(leader, request, arrival)
+
+    def _park(self, arrival: Arrival) -> None:
+        """Keep it until there is a leader, or its time is up."""
+        if self._stopping_since is not None:
+            arrival.refuse("shutting_down", STOPPING)
+        elif len(self._parked) >= self._settings.waiting_requests:
+            arrival.refuse("overloaded", "too many requests wait for a leader; try again later")
+        else:
+            self._parked.append(arrival)
+
+    @property
+    def _can_forward(self) -> bool:
+        """True when another member leads, and can be reached."""
+        leader = self._raft.leader
+        return leader is not None and leader != self._me and self._transport.can_forward(leader)
+
+    @property
+    def _serving(self) -> tuple[Any, ...]:
+        """What decides who serves a request now."""
+        return self._raft.term, self._raft.leader, self._raft.may_serve_reads, self._can_forward
+
+    def _serves_anew(self) -> bool:
+        """True when what waits for a leader should be tried again: who can serve it has changed."""
+        return self._serving != self._serving_state and (self._raft.is_leader or self._can_forward)
+
+    # --- what has committed, and the reads that waited for it ---
+
+    def settle(self, ready: Ready, outcomes: list[Outcome]) -> None:
+        """Answer who waited for what has committed and was applied with these outcomes."""
+        if self._waiting:
+            for entry, outcome in zip(ready.committed, outcomes, strict=True):
+                self._answer_write(entry, outcome)
+        self._parked.extend(self._still_awaited(ready.dropped_reads))
+        reads = [*self._still_awaited(ready.reads), *self._local_reads]
+        if reads:
+            self._local_reads = []
+            self._answer_reads(reads)
+        if self._lead_term and not (self._raft.is_leader and self._raft.term == self._lead_term):
+            self._give_up_leading()
+
+    def _still_awaited(self, tokens: list[object]) -> list[Arrival]:
+        """Those reads whose time is not up."""
+        reads = [token for token in tokens if isinstance(token, Arrival) and token in self._reads]
+        self._reads.difference_update(reads)
+        return reads
+
+    def _answer_write(self, entry: Entry, outcome: Outcome) -> None:
+        arrival = self._waiting.pop(entry.commit_id, None)
+        if arrival is None:
+            return
+        if entry.term != self._lead_term:
+            arrival.refuse("not_committed", f"leadership was lost; {OPEN}")
+        elif isinstance(arrival.message, Put):
+            arrival.answer(
+                PutAnswer(data=True, commit_id=outcome.commit_id, version=outcome.version, replaced=outcome.replaced)
+            )
+        else:
+            arrival.answer(DeleteAnswer(data=True, commit_id=outcome.commit_id, replaced=outcome.replaced))
+
+    def _answer_reads(self, reads: list[Arrival]) -> None:
+        """From one snapshot that holds everything applied."""
+        room = []
+        for arrival in reads:
+            if arrival.origin.is_full:
+                arrival.origin.defer(arrival)
+            else:
+                room.append(arrival)
+        try:
+            records = self._store.find([_key_of(arrival.message) for arrival in room])
+        except StoreDamaged:
+            self._answer_reads_singly(room)
+            return
+        for arrival, record in zip(room, records, strict=True):
+            message = arrival.message
+            assert isinstance(message, Get)
+            arrival.answer(
+                GetAnswer(
+                    data=found(message.key, message.namespace, record),
+                    commit_id=self._store.commit_id,
+                    consistency=UNSET if message.consistency == "linearizable" else message.consistency,
+                )
+            )
+
+    def _answer_reads_singly(self, reads: list[Arrival]) -> None:
+        """One of these values is damaged: its reader is told so, the others get theirs."""
+        for arrival in reads:
+            try:
+                self._store.find([_key_of(arrival.message)])
+            except StoreDamaged as damage:
+                self._log.error("damaged_value", why=str(damage))
+                arrival.refuse("damaged", str(damage))
+            else:
+                self._answer_reads([arrival])
+
+    def _give_up_leading(self) -> None:
+        """What was staged may still be committed by the next leader, or cut."""
+        self._lead_term = 0
+        for arrival in self._waiting.values():
+            arrival.refuse("not_committed", f"leadership was lost; {OPEN}")
+        self._waiting.clear()
+
+    # --- what was passed on ---
+
+    def take_forwarded(self, arrival: Arrival, answer: Answer) -> None:
+        """The leader's answer, for the client. What surely was not executed is tried again while there is time."""
+        if arrival not in self._forwarded:
+            return  # its time was up
+        self._forwarded.remove(arrival)
+        if answer.error is not UNSET and answer.error.code in ("no_leader", "shutting_down"):
+            self._park(arrival)
+        elif isinstance(answer, Refusal):
+            assert answer.error is not UNSET
+            arrival.refuse("internal", f"the leader did not understand the request: {answer.error.message}")
+        else:
+            arrival.answer(answer)
+
+    def cut_off(self, forwarded: list[Arrival]) -> None:
+        """The link on which these were passed on has ended."""
+        for arrival in forwarded:
+            if arrival not in self._forwarded:
+                continue
+            self._forwarded.remove(arrival)
+            if isinstance(arrival.message, Get):
+                self._park(arrival)
+            else:
+                self._refuse_forwarded(arrival, "the connection to the leader was cut")
+
+    @staticmethod
+    def _refuse_forwarded(arrival: Arrival, why: str) -> None:
+        """A read that was passed on can be repeated; of a write it is not known what became of it."""
+        if isinstance(arrival.message, Get):
+            arrival.refuse("no_leader", why)
+        else:
+            arrival.refuse("not_committed", f"{why}; {OPEN}")
+
+    # --- the end of waiting ---
+
+    def expire(self) -> None:
+        """Answer those whose time is up."""
+        self._end_grace()
+        if self._now < self._expire_due:
+            return
+        self._expire_due = self._now + self._settings.heartbeat_ms / 1000
+        for commit_id in [n for n, arrival in self._waiting.items() if arrival.deadline <= self._now]:
+            self._waiting.pop(commit_id).refuse("not_committed", f"no majority confirmed in time; {OPEN}")
+        for arrival in [a for a in self._forwarded if a.deadline <= self._now]:
+            self._forwarded.discard(arrival)
+            self._refuse_forwarded(arrival, "the leader did not answer in time")
+        for arrival in [a for a in self._reads if a.deadline <= self._now]:
+            self._reads.discard(arrival)
+            arrival.refuse("no_leader", "no majority confirmed the leader in time")
+        for arrival in [a for a in self._parked if a.deadline <= self._now]:
+            self._parked.remove(arrival)
+            arrival.refuse("no_leader", "no leader was found in time; not executed")
+
+    def begin_stop(self, now: float) -> None:
+        """Take nothing new; what waits for a leader is refused, what is under way may finish within `stop_grace_ms`."""
+        if self._stopping_since is None:
+            self._stopping_since = now
+            for arrival in self._parked:
+                arrival.refuse("shutting_down", STOPPING)
+            self._parked.clear()
+
+    @property
+    def is_stopping(self) -> bool:
+        return self._stopping_since is not None
+
+    def _end_grace(self) -> None:
+        """Time to finish is over: what is still under way is open."""
+        if self._stopping_since is None or self._now - self._stopping_since < self._settings.stop_grace_ms / 1000:
+            return
+        for arrival in self._waiting.values():
+            arrival.refuse("not_committed", f"this node stops; {OPEN}")
+        for arrival in self._forwarded:
+            self._refuse_forwarded(arrival, "this node stops")
+        for arrival in self._reads:
+            arrival.refuse("shutting_down", STOPPING)
+        self._waiting.clear()
+        self._forwarded.clear()
+        self._reads.clear()
+
+
+def _key_of(message: AnyRequest) -> bytes:
+    assert isinstance(message, Get)
+    return store_key(message.namespace, message.key)

@@ -19,61 +19,36 @@ shorter log.
 
 from __future__ import annotations
 
-import random
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import lmdb
-import msgspec
 
-from raftnode import records
+from raftnode import primary, records
 from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Journal, Mark
 from raftnode.consensus.membership import Membership, cluster_id
-from raftnode.consensus.raft import Raft
 from raftnode.environment import Environment, MemoryDirectory
-from raftnode.errors import ConfigError, ProtocolError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
+from raftnode.errors import ConfigError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
 from raftnode.messages import (
     GENESIS,
-    Data,
-    DataAnswer,
-    Delete,
-    DeleteCommand,
     Entry,
     EntryId,
     Found,
     Get,
-    Put,
-    PutCommand,
     chain,
-    check_value,
-    data_object,
-    decode_answer,
-    decode_command,
     decode_object,
     encode,
-    encode_command,
-    encode_object,
     store_key,
     to_request,
 )
 from raftnode.namespaces import Namespaces, Outcome
+from raftnode.primary import PrimaryTransport
 
 STORE_TYPES: Final = ("memory", "database")
-
-
-class PrimaryTransport(Protocol):
-    """What the store's own replication loop needs of a transport."""
-
-    my_ip: str
-    peers: list[str]
-
-    def send_data(self, peer: str | None = None, message: dict[str, Any] | None = None) -> Any: ...
-    def identify(self, cluster: str, node: str) -> None: ...
 
 
 def _first_facts() -> dict[bytes, bytes]:
@@ -394,7 +369,7 @@ class Store:
         if self._memory is not None:
             self._memory.remove()
 
-    # --- a primary with followers, without elections: the caller leads, in its own thread ---
+    # --- a primary with followers, without elections: the caller leads, in its own thread (see `primary`) ---
 
     def put(self, term: int, payload: dict[str, Any], transport: PrimaryTransport, majority: int) -> bool:
         """Stage `payload` (a `put`, or a `delete` when its type says so) in `term`, send it to the peers of
@@ -405,28 +380,7 @@ class Store:
         or a term that is over.
         """
         self._check_unowned()
-        command = _command_of({"type": "put", **payload}, self.settings)
-        if term < self.ballot.term or (
-            term == self.ballot.term and self.ballot.voted_for not in (None, transport.my_ip)
-        ):
-            raise ProtocolError("no_leader", f"term {term} is over, or led by another: this store is at {self.ballot}")
-        if self.cluster_id is None:
-            self.found(transport.my_ip, transport.peers)
-        transport.identify(str(self.cluster_id), self.node_id)
-        previous = self.journal.last.id
-        ballot = self.ballot if term == self.ballot.term else self.ballot.in_term(term)
-        entry = self.journal.append(term, int(time.time() * 1000), encode_command(command))
-        self.write(ballot.vote(transport.my_ip))
-        confirmations = [transport.my_ip]
-        staged = Data(action="log", term=term, leader=transport.my_ip, previous=previous, entries=[entry],
-                      commit_id=self.commit_id)  # fmt: skip
-        self.send_data(data_object(staged), transport, confirmations)
-        if len(confirmations) < majority:
-            return False
-        self.commit(command.namespace, isinstance(command, DeleteCommand), commit_id=entry.commit_id)
-        done = Data(action="commit", term=term, leader=transport.my_ip, previous=entry.id, commit_id=entry.commit_id)
-        self.send_data(data_object(done), transport)
-        return True
+        return primary.put(self, term, payload, transport, majority)
 
     def send_data(
         self, message: dict[str, Any], transport: PrimaryTransport, confirmations: list[str] | None = None
@@ -435,28 +389,8 @@ class Store:
         it durably. A peer that lacks earlier entries is brought up to date first. Raises StoreOwned."""
         self._check_unowned()
         for peer in transport.peers:
-            if peer != transport.my_ip and self._feed(peer, message, transport) and confirmations is not None:
+            if peer != transport.my_ip and primary.feed(self, peer, message, transport) and confirmations is not None:
                 confirmations.append(peer)
-
-    def _feed(self, peer: str, message: dict[str, Any], transport: PrimaryTransport) -> bool:
-        """Send, and on a refusal go back to where the logs part, as a leader does. True once the peer confirms."""
-        wanted = _data_of(message)
-        target = wanted.entries[-1].commit_id if wanted.entries else wanted.previous.commit_id
-        while (reply := transport.send_data(peer, message)) is not None:
-            answer = _answer_of(reply)
-            if answer is None or answer.term != wanted.term:
-                return False
-            if answer.data and answer.match >= target:
-                return True
-            if not answer.data and answer.reason != "gap":
-                return False
-            found = answer.match if answer.data else self.journal.find(answer.last, at_least=answer.commit_id)
-            if not answer.data and found >= answer.asked:
-                return False  # its hint leads nowhere: its log is not one of ours
-            entries = self.journal.entries(found + 1, target, self.settings.batch_bytes)
-            part = msgspec.structs.replace(wanted, previous=self.journal.id_at(found), entries=entries, action="log")
-            message = data_object(part)
-        return False
 
     def commit(self, namespace: str, delete: bool = False, **kwargs: Any) -> int:
         """Move staged entries into the committed namespaces, and commit_id with them, in one synced transaction.
@@ -466,80 +400,17 @@ class Store:
         Returns the new commit_id. Raises StoreOwned, or ProtocolError when nothing is staged that fits.
         """
         self._check_unowned()
-        upto = kwargs.get("commit_id", self.journal.last.id.commit_id)
-        if not self.commit_id < upto <= self.journal.last.id.commit_id:
-            raise ProtocolError("bad_request", f"nothing is staged at {upto}: committed is {self.commit_id}")
-        command = decode_command(self.journal.entries(upto, upto, 0)[0].command)
-        kind = DeleteCommand if delete else PutCommand
-        if (
-            not isinstance(command, kind)
-            or command.namespace != namespace
-            or kwargs.get("key", command.key) != command.key
-        ):
-            raise ProtocolError("bad_request", f"entry {upto} is not what was asked to commit in {namespace!r}")
-        while self.commit_id < upto:
-            self.apply(self.journal.entries(self.commit_id + 1, upto, self.settings.batch_bytes))
-        self.write()
-        return self.commit_id
+        return primary.commit(self, namespace, delete, kwargs.get("commit_id"), kwargs.get("key"))
 
     def action_handler(self, message: dict[str, Any]) -> dict[str, Any]:
         """A follower's side: carry out a leader's `data` message (`log` stages, `commit` commits), by the very rules of
         a node. Returns the answer, which is true once it is on disk. Raises StoreOwned, ProtocolError."""
         self._check_unowned()
-        data = _data_of(message)
-        if self.cluster_id is None:
-            raise ProtocolError("wrong_cluster", "this store belongs to no cluster yet: call found() first")
-        follower = Raft(
-            str(self.address),
-            self.journal,
-            self.ballot,
-            self.commit_id,
-            random.Random(0),
-            self.settings,
-            time.monotonic(),
-        )
-        follower.step(None, data)
-        ready = follower.ready()
-        self.apply(ready.committed)
-        while follower.applied < follower.commit_id:
-            self.apply(follower.ready().committed)
-        self.write(ready.ballot)
-        _, answer = (*ready.answers, *ready.promises)[0]
-        return decode_object(encode(answer))
+        return primary.follow(self, message)
 
     def _check_unowned(self) -> None:
         if self.owner is not None:
             raise StoreOwned("a running election owns this store: write through it (RaftNode, or a client)")
-
-
-def _command_of(payload: dict[str, Any], settings: Settings) -> PutCommand | DeleteCommand:
-    """The command of a put or delete given as a dict, checked as one from the wire. Raises ProtocolError."""
-    match to_request(payload):
-        case Put() as put:
-            check_value(put.value, settings)
-            store_key(put.namespace, put.key)
-            return PutCommand(namespace=put.namespace, key=put.key, value=put.value, client=put.client)
-        case Delete() as delete:
-            store_key(delete.namespace, delete.key)
-            return DeleteCommand(namespace=delete.namespace, key=delete.key, client=delete.client)
-        case other:
-            raise ProtocolError("bad_request", f"a {other.name} writes nothing")
-
-
-def _answer_of(reply: dict[str, Any]) -> DataAnswer | None:
-    """A peer's answer; None for what is none: it confirms nothing."""
-    try:
-        answer = decode_answer(encode_object(reply))
-    except ProtocolError:
-        return None
-    return answer if isinstance(answer, DataAnswer) else None
-
-
-def _data_of(message: dict[str, Any]) -> Data:
-    data = to_request({"type": "data", **message})
-    if not isinstance(data, Data):
-        raise ProtocolError("bad_request", f"expected a data message, got {data.name}")
-    return data
 
 
 def found(key: str, namespace: str, record: records.Record | None) -> Found:

@@ -1,6 +1,44 @@
-"""raftnode: a persistent, replicated key-value store.
+"""raftnode: a persistent, replicated key-value store. This text is the map: read it first.
 
-TODO map
+**Layers**, from the bottom up; imports only go down, and a test enforces it.
+
+    0  facts        config (settings, roles), errors (one tree), messages (wire and log schema, limits, codec)
+    1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
+                    messages), records (bytes on disk), namespaces (what a command does), mailbox (what the queue holds)
+    2  effects      store (with environment: files and LMDB, primary: a given leader) | transport (with connections:
+                    the loop's two kinds, blocking: for other threads) | log. None of the three knows another.
+    3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
+                    the other end of a link)
+    4  node         raftnode (assembles, owns the life of a node), client
+    5  faces        cli, inspector (with inspection, table, supervised)
+    beside          testing/: for our tests and for those of programs that embed a node; the product never imports it
+
+**Who owns which fact.** Each has one owner; everyone else asks or is told.
+
+    term and vote           consensus.Raft.ballot; on disk before any message that depends on it
+    the log                 consensus.journal.Journal: what is staged, written, committed; the store keeps its bytes
+    commit_id               consensus.Raft decides it; Store.commit_id is how far it has been applied
+    the namespaces          Store: LMDB, and over it the effects that are applied but not in a transaction yet
+    the membership          the log (Journal.membership); never who answers. Transport.live is only who answers
+    who a member is         address and node id together; the ids are bound by the handshake, kept in the membership
+    who waits for what      requests.Requests; each arrival gets exactly one answer
+    room, format, node id   the store and its directory
+
+**In what order effects happen.** One thread, one mailbox, one writer: the loop reads what has arrived, then
+`Election.cycle` takes one turn: take every letter into the consensus; send what promises nothing that is not on disk,
+and answer clients whose entries a majority holds; one LMDB transaction, synced, with ballot, entries, effects and
+commit_id; send what promises that something is on disk. While the disk syncs, the kernel's buffers collect the next
+batch: that is the group commit.
+
+**The way of a put**: `connections.Connection` frames and decodes it, `mailbox` carries it, `requests.Requests` checks
+and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` sends it to the followers, `Store.write`
+makes it durable, the followers' answers commit it, `Namespaces.apply` carries it out, and `Connection.answer` tells the
+client.
+
+**Where to put the next feature**: a new message or command kind begins in `messages`; what a command does to the state
+in `namespaces`; a consensus rule in `consensus`, with its paper test; what a client may ask in `requests`; a record on
+disk in `records`. Membership changes have their place in `consensus.journal` (it takes the membership from the log
+already) and `consensus.raft`; sessions in `namespaces`, beside the effects.
 """
 
 if not __debug__:

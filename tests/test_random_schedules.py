@@ -12,6 +12,7 @@ from collections.abc import Callable
 import pytest
 
 from raftnode.config import Settings
+from raftnode.messages import Data
 from raftnode.testing.network import CrashPoint, Network
 
 SEEDS = range(60)
@@ -30,7 +31,10 @@ class Chaos:
             batch_bytes=self.random.choice([1, 200, 1 << 20]),
             kept_entries=self.random.choice([1, 3, 1000]),
         )
-        print(f"seed {seed}: {size} members, {settings}")  # noqa: T201 - shown when the test fails
+        limits = (
+            f"{settings.window_batches=} {settings.batch_entries=} {settings.batch_bytes=} {settings.kept_entries=}"
+        )
+        print(f"seed {seed}: {size} members, {limits}")  # noqa: T201 - shown when the test fails
         self.network = Network(size, seed, settings)
         self.asked = 0
         self.loss = self.random.choice([0.0, 0.02, 0.2])
@@ -50,6 +54,7 @@ class Chaos:
             (self.resume, 2 * self.fault),
             (self.lose_link, self.fault),
             (self.depose, self.fault),
+            (self.sleep_through_a_change, 2 * self.fault),
         ]
 
     def step(self) -> None:
@@ -132,6 +137,43 @@ class Chaos:
         name = self.any_member()
         if name and not self.network[name].raft.is_leader:
             self.network.turn(name, lambda raft: raft.suspect(raft.leader or ""), lambda raft: raft.campaign())
+
+    def sleep_through_a_change(self) -> None:
+        """A follower takes an entry, sleeps while its leader loses that entry or its office, and wakes when one that it
+        has followed leads again, with another entry in that place; then a heartbeat may come before the data."""
+        network = self.network
+        follower = self.any_member()
+        if not network.leaders or follower in (None, network.leader) or network[network.leader].paused:
+            return
+        assert follower is not None
+        old = network.leader
+        network.deliver(100)
+        network.in_flight.clear()
+        if old not in network.leaders or not network[follower].takes_turns:
+            return
+        if self.random.random() < 0.5:
+            network.crash(old, CrashPoint.BEFORE_WRITE)
+        self.asked += 1
+        network.propose(old, f"k{self.asked}")
+        for envelope in network.select(old, follower):
+            network.deliver_one(network.in_flight.index(envelope))
+        network.pause(follower)
+        network.in_flight.clear()
+        if not network[old].is_up:
+            network.restart(old)
+        for name in [*self.random.sample(sorted(network.members), self.random.randrange(2)), old]:
+            if network[name].takes_turns and not network[name].raft.is_leader:
+                network.lose_leaders()
+                network.campaign(name)
+                network.deliver(100)
+        if network.leaders and network[network.leader].takes_turns:
+            network.propose(network.leader, f"k{self.asked}-instead")
+            network.deliver(100)
+        network.in_flight.clear()
+        network.resume(follower)
+        network.advance(0.15)
+        network.drop(target=follower, kind=Data)
+        network.deliver(20)
 
     def mend(self) -> None:
         self.network.heal()

@@ -559,6 +559,43 @@ def test_new_member_of_the_majority_is_fed_from_the_disk() -> None:
     assert len(network["3"].keys) == 50
 
 
+@pytest.mark.parametrize("trouble", ["link cut", "message lost", "disk full"])
+def test_member_that_a_new_leader_could_not_reach_is_not_sent_the_whole_log(trouble: str) -> None:
+    """The first message of a new leader to a member comes to nothing: the member is down, as is usual when there is an
+    election, or the message is lost, or the member's disk is full. Nothing matches yet that the leader knows of, and
+    still it asks at the end of its log again, not at the beginning: the member's hint finds the place. (FACTS 1.12,
+    1.38.)"""
+    network = led_by_1(settings=Settings(batch_entries=10))
+    network.propose("1", *[f"k{n}" for n in range(300)])
+    network.run(SETTLED)
+    network.isolate("3")
+    network.turn("1", lambda raft: raft.take("2", HeartbeatAnswer(term=2, commit_id=0)))
+    network.elect("2")
+    assert network["2"].raft.progress["3"].unanswered, "its first message was lost"
+    if trouble == "link cut":
+        for _ in range(3):
+            network.turn("2", lambda raft: raft.unreachable("3"))
+    elif trouble == "message lost":
+        network.run(LOW + 2 * BEAT)
+    else:
+        asked = network["2"].raft.progress["3"]._asked
+        full = DataAnswer(data=False, term=network["2"].raft.term, asked=asked, reason="storage_full")
+        network.turn("2", lambda raft: raft.take("3", full))
+        network.run(2 * BEAT)
+    network.drop()
+    network.heal()
+    sent: list[EntryId] = []
+    network.watch = lambda event, envelope: (
+        sent.extend(entry.id for entry in envelope.message.entries)
+        if event == "sent" and envelope.target == "3" and isinstance(envelope.message, Data)
+        else None
+    )
+    network.turn("2", lambda raft: raft.unreachable("3"))
+    network.run(SETTLED)
+    assert network["3"].log == network["2"].log
+    assert len(sent) <= 3, f"{len(sent)} entries sent for the no-op that it lacked"
+
+
 def test_link_that_was_cut_is_probed_anew() -> None:
     """The link to a follower breaks with messages under way. The leader does not wait for their answers: it asks where
     the follower stands, and goes on from there. (FACTS 1.36.)"""

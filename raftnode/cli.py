@@ -130,17 +130,17 @@ def _serve(ip: str, peers: str, volume: Path, timeout: int, store: str, log_leve
 
 @cli.command()
 @click.argument("key")
-@click.argument("value", required=False)
+@click.argument("value")
 @click.option("--string", "as_string", is_flag=True, help="Take VALUE as text even where it is JSON.")
 @_namespace
 @_client_options
-def put(key: str, value: str | None, as_string: bool, namespace: str, node: str, timeout: float, as_json: bool) -> None:
+def put(key: str, value: str, as_string: bool, namespace: str, node: str, timeout: float, as_json: bool) -> None:
     """Write VALUE under KEY and wait until a majority has it on disk.
 
-    A VALUE that is JSON is taken as such (5, true, {"a": 1}), anything else as text. Without VALUE, or with -, it is
-    read from standard input.
+    A VALUE that is JSON is taken as such (5, true, {"a": 1}), anything else as text. With - it is read from standard
+    input.
     """
-    text = sys.stdin.read() if value in (None, "-") else str(value)
+    text = sys.stdin.read() if value == "-" else value
     with _client(node, timeout) as client:
         done = client.put(key, text if as_string else _json_or_text(text), namespace)
     click.echo(json.dumps(done) if as_json else f"committed as {done['commit_id']}, version {done['version']}")
@@ -224,10 +224,22 @@ def status(node: str, timeout: float, as_json: bool) -> None:
                 state = "answers" if member["live"] else "not answering"
                 match = "" if member["match"] is None else f", holds the log up to {member['match']}"
                 click.echo(f"{'member':12} {address} (node {member['node'] or 'unknown'}): {state}{match}")
+        elif name == "storage":
+            sizes = ", ".join(f"{key} {_size(value)}" for key, value in fact.items() if key != "full")
+            click.echo(f"{name:12} {sizes}" + ("; FULL: writes are refused" if fact["full"] else ""))
         elif isinstance(fact, dict):
             click.echo(f"{name:12} " + ", ".join(f"{key} {value}" for key, value in fact.items()))
         else:
             click.echo(f"{name:12} {fact}")
+
+
+def _size(count: float) -> str:
+    """Bytes, for people."""
+    units = ["B", "KB", "MB", "GB", "TB"]
+    while count >= 1024 and len(units) > 1:
+        count /= 1024
+        units.pop(0)
+    return f"{count:.0f} {units[0]}" if count >= 100 or units[0] == "B" else f"{count:.1f} {units[0]}"
 
 
 @cli.command()

@@ -128,7 +128,7 @@ class Client:
         try:
             connection = self._connect(left)
         except ConnectFailed as error:
-            raise Unavailable("no_leader", f"no connection to {error}") from error
+            raise Unavailable("no_leader", f"no connection to {error}; is a node running there?") from error
         try:
             answer = decode_object(connection.request(line, left))
         except (OSError, ProtocolError) as error:

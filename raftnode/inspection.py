@@ -44,6 +44,8 @@ from raftnode.messages import GENESIS, LMDB_KEY_BYTES, AnyCommand, Entry, chain,
 _T = TypeVar("_T")
 
 _MOST_SEEDS: Final = 3
+_MOST_BAD_PLACES: Final = 50
+"""Each costs some milliseconds to get past."""
 _COMMAND_START = re.compile(
     rb'\{"kind":("[a-z_]+")(?:,"namespace":("(?:[^"\\]|\\.)*"))?(?:,"key":("(?:[^"\\]|\\.)*"))?', re.DOTALL
 )
@@ -311,21 +313,36 @@ class Directory:
     def _values(self, start: bytes) -> Iterator[StoredValue]:
         """Everything whose store key begins with `start`, also past pages that can't be read."""
         position: bytes | None = start
-        while position is not None:
+        shown = 0
+        for attempt in range(_MOST_BAD_PLACES):
+            if position is None:
+                return
             after = position
             try:
-                with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
-                    if cursor.set_range(position):
-                        for key, stored in cursor.iternext():
-                            if not key.startswith(start):
-                                return
-                            yield _check_value(key, stored)
-                            after = key + b"\0"
+                for key, value in self._walk(position):
+                    if key.startswith(start):
+                        yield value
+                        shown += 1
+                    elif not value.damage:  # a changed key may stand anywhere
+                        return
+                    after = key + b"\0"
+                if not start and not attempt and shown != self.keys:
+                    text = f"{self.keys} values should be there, but {shown} are: a page is damaged"
+                    yield StoredValue(None, None, None, text)
                 return
             except lmdb.Error as error:
                 self._renew()
                 position = self._next_readable(after)
                 yield StoredValue(None, None, None, f"values from {_shown(after)} on can't be read: {error}")
+        yield StoredValue(None, None, None, "too many pages can't be read: the rest is not listed")
+
+    def _walk(self, position: bytes) -> Iterator[tuple[bytes, StoredValue]]:
+        """The values from a key on, in the order of the pages: so one whose key was changed is met as well. Stepping on
+        to a page of zeros ends the process, inside LMDB: who calls this on a damaged directory is `supervised`."""
+        with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+            if cursor.set_range(position):
+                for key, stored in cursor.iternext():
+                    yield key, _check_value(key, stored)
 
     def _next_readable(self, lost: bytes) -> bytes | None:
         """The first key from which LMDB can read again, found by halving; None when there is none."""
@@ -343,7 +360,8 @@ class Directory:
     def _is_readable(self, key: bytes) -> bool:
         try:
             with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
-                cursor.set_range(key)
+                if cursor.set_range(key):
+                    cursor.item()
         except lmdb.Error:
             self._renew()
             return False
@@ -375,10 +393,7 @@ class Directory:
     def sizes(self) -> dict[str, int]:
         """Bytes: `file` (on disk), `used` (pages that hold data in this snapshot) and `map` (the file's bound)."""
         page = self._env.stat()["psize"]
-        used = sum(
-            stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
-            for stat in (self._txn.stat(db) for db in self._dbs.values())
-        )
+        used = sum(self._measure(name)[1] for name in self._dbs)
         file = (self.path / records.DATA_FILE).stat().st_size
         return {"file": file, "used": used * page, "map": self._env.info()["map_size"]}
 
@@ -392,7 +407,16 @@ class Directory:
         ]
 
     def _count(self, name: bytes) -> int:
-        return int(self._txn.stat(self._dbs[name])["entries"])
+        return self._measure(name)[0]
+
+    def _measure(self, name: bytes) -> tuple[int, int]:
+        """Entries and pages of a database."""
+        try:
+            stat = self._txn.stat(self._dbs[name])
+        except lmdb.BadTxnError:  # an earlier read met a damaged page, and LMDB tells only now
+            self._renew()
+            stat = self._txn.stat(self._dbs[name])
+        return stat["entries"], stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
 
 
 def command_of(entry: Entry) -> tuple[AnyCommand | None, str]:

@@ -535,6 +535,7 @@ def _readable_id(frame: bytes | memoryview) -> Id:
 
 
 def _in_words(error: Exception) -> str:
+    """What is wrong, for the person who reads the answer."""
     if isinstance(error, RecursionError):
         return "nested too deep"
     if isinstance(error, UnicodeDecodeError):
@@ -542,9 +543,9 @@ def _in_words(error: Exception) -> str:
     text = str(error)
     if text == "Number out of range":
         return "a number is out of the range of a double (about 1.8e308)"
-    return (
-        text.removeprefix("JSON is malformed: ") if isinstance(error, msgspec.ValidationError) else f"not JSON: {text}"
-    )
+    if isinstance(error, msgspec.ValidationError):
+        return text
+    return f"not JSON: {text.removeprefix('JSON is malformed: ')}"
 
 
 def _json_name(value: object) -> str:

@@ -15,6 +15,7 @@ from raftnode.log import get_logger
 from raftnode.mailbox import Letter
 from raftnode.store import Store
 from raftnode.transport import Transport
+from raftnode.version import __version__
 
 
 class RaftNode(Transport):
@@ -72,12 +73,29 @@ class RaftNode(Transport):
     def serve(self) -> None:
         """Run until `stop()`, SIGTERM or SIGINT, then finish what is under way and close the store. Raises ConfigError
         when the address can't be listened on, StoreFailed or StoreDamaged when the node had to stop."""
+        log = get_logger("node", node=self.my_ip)
         try:
+            log.info("starting", **self._facts())
             self.election.init_timeout()
             super().serve()
             self.election.close()
+            log.info("stopped", commit_id=self.store.commit_id)
         finally:
             self.store.close()
+
+    def _facts(self) -> dict[str, Any]:
+        """What a log should begin with."""
+        store = self.store
+        return {
+            "version": __version__,
+            "id": store.node_id,
+            "cluster": store.cluster_id,
+            "members": list(store.journal.membership.addresses),
+            "data_dir": str(store.data_dir) if store.is_durable else "(memory)",
+            "term": store.ballot.term,
+            "commit_id": store.commit_id,
+            "staged": store.journal.last.id.commit_id - store.commit_id,
+        }
 
     def start(self) -> Self:
         """Run in a thread of its own; returns once it listens. Raises what `serve` raises."""

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -583,7 +584,7 @@ class Writers:
         that are furthest apart."""
         end = time.monotonic() if until is None else until
         moments = [since, *sorted(done.at for done in self.acknowledged if since < done.at < end), end]
-        return max(later - sooner for sooner, later in zip(moments, moments[1:], strict=False))
+        return max(later - sooner for sooner, later in itertools.pairwise(moments))
 
     def _describe(self) -> str:
         lists = {name: len(getattr(self, name)) for name in ("acknowledged", "found", "open", "refused")}

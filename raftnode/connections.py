@@ -96,7 +96,9 @@ class Connection(Wire):
         self.peer: str | None = None
         self.client = ""
         self.last_frame_at = owner.now()
-        """When the last whole message came; a message that is begun must be whole within `stall_timeout_ms`."""
+        """When the last whole message came, or the connection."""
+        self.begun_at: float | None = None
+        """When the message began that is not whole yet; it must be so within `stall_timeout_ms`."""
         self._backlog: deque[Arrival] = deque()
         self._under_way = 0
         self._in_order = False  # a request without id is under way
@@ -115,8 +117,13 @@ class Connection(Wire):
 
     def data_received(self, data: bytes) -> None:
         arrivals: list[Arrival] = []
-        for frame in self.framer.feed(data):
+        frames = self.framer.feed(data)
+        for frame in frames:
             self._take_frame(frame, arrivals)
+        if not self.framer.is_mid_message:
+            self.begun_at = None
+        elif frames or self.begun_at is None:
+            self.begun_at = self.owner.now()
         self._dispatch(arrivals)
 
     def eof_received(self) -> bool:
@@ -198,7 +205,7 @@ class Connection(Wire):
     @property
     def is_idle(self) -> bool:
         """True when nothing is under way and nothing half received."""
-        return self._under_way == 0 and not self._backlog and not self.framer.pending
+        return self._under_way == 0 and not self._backlog and not self.framer.is_mid_message
 
     def answer(self, arrival: Arrival, answer: Answer) -> None:
         self._finish(arrival)

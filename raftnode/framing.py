@@ -100,6 +100,11 @@ class Framer:
             self._check_pending(frames)
         return frames
 
+    @property
+    def is_mid_message(self) -> bool:
+        """True while a message has begun and not ended."""
+        return bool(self.pending) or self._skipping
+
     def at_end(self) -> list[Frame]:
         """The stream has ended: what is left is a frame too, however broken."""
         frames: list[Frame] = []

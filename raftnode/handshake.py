@@ -103,6 +103,8 @@ class Handshake:
         if self._raft.membership.node_of(peer) == "":
             self._store.bind(peer, node)
             self._welcomes.append(then)
+        elif self._welcomes:
+            self._welcomes.append(then)  # perhaps it was bound in this very turn
         else:
             then()
 

@@ -23,7 +23,6 @@ from raftnode.errors import ProtocolError, StoreDamaged
 from raftnode.mailbox import Arrival
 from raftnode.messages import (
     Answer,
-    AnyRequest,
     ClientRequest,
     Delete,
     DeleteAnswer,
@@ -40,7 +39,7 @@ from raftnode.messages import (
     store_key,
 )
 from raftnode.namespaces import Outcome
-from raftnode.store import Store, found
+from raftnode.store import Finder, Store, found
 from raftnode.transport import Transport
 
 OPEN: Final = "the outcome is open: the write may have happened, or may happen yet. Read the key before you repeat it"
@@ -69,7 +68,7 @@ class Requests:
         self._local_reads: list[Arrival] = []
         self._forwarded: set[Arrival] = set()
         self._parked: deque[Arrival] = deque()
-        self._serving_state: tuple[Any, ...] = ()
+        self._last_serving: tuple[Any, ...] = ()
         self._is_full = False
 
     @property
@@ -79,16 +78,19 @@ class Requests:
 
     @property
     def want_turn(self) -> bool:
-        """True when there is something to do that does not wait for a letter."""
-        return bool(self._parked) and self._serves_anew()
+        """True when what waits for a leader should be tried again: who can serve it has changed."""
+        return (
+            bool(self._parked) and self._serving != self._last_serving and (self._raft.is_leader or self._can_forward)
+        )
 
     # --- in ---
 
     def begin_turn(self, now: float) -> None:
         """A turn begins: take again what waited for a leader, once there is one."""
         self._now = now
-        if self.want_turn:
-            self._serving_state = self._serving
+        again = self.want_turn
+        self._last_serving = self._serving
+        if again:
             parked, self._parked = self._parked, deque()
             for arrival in parked:
                 self._dispatch(arrival)
@@ -200,10 +202,6 @@ class Requests:
         """What decides who serves a request now."""
         return self._raft.term, self._raft.leader, self._raft.may_serve_reads, self._can_forward
 
-    def _serves_anew(self) -> bool:
-        """True when what waits for a leader should be tried again: who can serve it has changed."""
-        return self._serving != self._serving_state and (self._raft.is_leader or self._can_forward)
-
     # --- what has committed, and the reads that waited for it ---
 
     def settle(self, ready: Ready, outcomes: list[Outcome]) -> None:
@@ -239,39 +237,30 @@ class Requests:
             arrival.answer(DeleteAnswer(data=True, commit_id=outcome.commit_id, replaced=outcome.replaced))
 
     def _answer_reads(self, reads: list[Arrival]) -> None:
-        """From one snapshot that holds everything applied."""
-        room = []
-        for arrival in reads:
-            if arrival.origin.is_full:
-                arrival.origin.defer(arrival)
-            else:
-                room.append(arrival)
-        try:
-            records = self._store.find([_key_of(arrival.message) for arrival in room])
-        except StoreDamaged:
-            self._answer_reads_singly(room)
-            return
-        for arrival, record in zip(room, records, strict=True):
-            message = arrival.message
-            assert isinstance(message, Get)
-            arrival.answer(
-                GetAnswer(
-                    data=found(message.key, message.namespace, record),
-                    commit_id=self._store.commit_id,
-                    consistency=UNSET if message.consistency == "linearizable" else message.consistency,
-                )
-            )
+        """From one snapshot that holds everything applied. Who does not take its answers waits for its turn."""
+        with self._store.snapshot() as find:
+            for arrival in reads:
+                message = arrival.message
+                assert isinstance(message, Get)
+                if arrival.origin.is_full:
+                    arrival.origin.defer(arrival)
+                else:
+                    self._answer_read(arrival, message, find)
 
-    def _answer_reads_singly(self, reads: list[Arrival]) -> None:
-        """One of these values is damaged: its reader is told so, the others get theirs."""
-        for arrival in reads:
-            try:
-                self._store.find([_key_of(arrival.message)])
-            except StoreDamaged as damage:
-                self._log.error("damaged_value", why=str(damage))
-                arrival.refuse("damaged", str(damage))
-            else:
-                self._answer_reads([arrival])
+    def _answer_read(self, arrival: Arrival, message: Get, find: Finder) -> None:
+        try:
+            record = find(store_key(message.namespace, message.key))
+        except StoreDamaged as damage:
+            self._log.error("damaged_value", why=str(damage))
+            arrival.refuse("damaged", str(damage))
+            return
+        arrival.answer(
+            GetAnswer(
+                data=found(message.key, message.namespace, record),
+                commit_id=self._store.commit_id,
+                consistency=UNSET if message.consistency == "linearizable" else message.consistency,
+            )
+        )
 
     def _give_up_leading(self) -> None:
         """What was staged may still be committed by the next leader, or cut."""
@@ -354,13 +343,9 @@ class Requests:
             arrival.refuse("not_committed", f"this node stops; {OPEN}")
         for arrival in self._forwarded:
             self._refuse_forwarded(arrival, "this node stops")
-        for arrival in self._reads:
+        for arrival in (*self._reads, *self._parked):
             arrival.refuse("shutting_down", STOPPING)
+        self._parked.clear()
         self._waiting.clear()
         self._forwarded.clear()
         self._reads.clear()
-
-
-def _key_of(message: AnyRequest) -> bytes:
-    assert isinstance(message, Get)
-    return store_key(message.namespace, message.key)

@@ -19,10 +19,11 @@ shorter log.
 
 from __future__ import annotations
 
+import contextlib
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeAlias
 
 import lmdb
 
@@ -48,6 +49,7 @@ from raftnode.messages import (
 from raftnode.namespaces import Namespaces, Outcome
 from raftnode.primary import PrimaryTransport
 
+Finder: TypeAlias = Callable[[bytes], records.Record | None]
 STORE_TYPES: Final = ("memory", "database")
 
 
@@ -239,17 +241,21 @@ class Store:
         self.commit_id = entries[-1].commit_id
         return outcomes
 
-    def find(self, keys: Sequence[bytes]) -> list[records.Record | None]:
-        """The values under several store keys, from one snapshot that holds everything applied."""
+    @contextlib.contextmanager
+    def snapshot(self) -> Iterator[Finder]:
+        """One consistent view of everything applied: a function from store key to value. It raises StoreDamaged."""
         with self._env.read() as txn:
-            finder = self._finder(txn)
-            return [self.namespaces.find(key, finder) for key in keys]
+            on_disk = self._finder(txn)
+            yield lambda key: self.namespaces.find(key, on_disk)
 
-    def _finder(self, txn: lmdb.Transaction) -> Any:
+    def _finder(self, txn: lmdb.Transaction) -> Finder:
         db, get, unpack = self._env.db(records.COMMITTED), txn.get, records.unpack_record
 
         def on_disk(key: bytes) -> records.Record | None:
-            stored = get(key, db=db)
+            try:
+                stored = get(key, db=db)
+            except lmdb.Error as error:
+                raise StoreDamaged(f"pages of {self.data_dir} are damaged: {error}") from error
             return None if stored is None else unpack(key, bytes(stored))
 
         return on_disk
@@ -259,7 +265,8 @@ class Store:
         what this node has committed; `value` is None when there is none. Raises ProtocolError for a bad key."""
         request = to_request({**payload, "type": "get"})
         assert isinstance(request, Get)
-        record = self.find([store_key(request.namespace, request.key)])[0]
+        with self.snapshot() as find:
+            record = find(store_key(request.namespace, request.key))
         return {**payload, **decode_object(encode(found(request.key, request.namespace, record)))}
 
     # --- the one transaction ---

@@ -273,12 +273,10 @@ class Transport:
 
     def _is_overdue(self, connection: Connection, now: float) -> bool:
         stall, idle = self.settings.stall_timeout_ms / 1000, self.settings.idle_timeout_ms / 1000
-        if connection.blocked_since is not None:
-            return now - connection.blocked_since > stall
-        silent = now - connection.last_frame_at
-        if connection.framer.pending:
-            return silent > stall
-        return connection.peer is None and connection.is_idle and silent > idle
+        stuck_since = [since for since in (connection.blocked_since, connection.begun_at) if since is not None]
+        if stuck_since:
+            return now - min(stuck_since) > stall
+        return connection.peer is None and connection.is_idle and now - connection.last_frame_at > idle
 
     # --- connections and links ---
 

@@ -65,6 +65,15 @@ class Impossible(Exception):
     """Raised by a condition that can't come about any more: there is no sense in waiting on."""
 
 
+class InspectionFailed(Exception):
+    """`raftnode-inspect` ended with `status`, for the reason in `words`."""
+
+    def __init__(self, status: int, words: str) -> None:
+        super().__init__(f"raftnode-inspect ended with status {status}: {words}")
+        self.status = status
+        self.words = words
+
+
 def wait_until(
     condition: Callable[[], T | None], what: str, timeout: float = PATIENCE_S, explain: Callable[[], str] = str
 ) -> T:
@@ -122,15 +131,17 @@ def command_environment(environment: Mapping[str, str] | None = None) -> dict[st
 
 
 def inspect(directory: Path, *command: str) -> list[dict[str, Any]]:
-    """What `raftnode-inspect COMMAND DIR --json` prints: one dict a line. Raises CalledProcessError for any exit
-    status but 0, its `stderr` says why."""
+    """What `raftnode-inspect COMMAND DIR --json` prints: one dict a line. Raises InspectionFailed for any exit
+    status but 0."""
     name, *options = command
     done = subprocess.run(
         [sys.executable, "-m", "raftnode.inspector", name, str(directory), "--json", *options],
         env=command_environment(),
         capture_output=True,
-        check=True,
+        check=False,
     )
+    if done.returncode:
+        raise InspectionFailed(done.returncode, done.stderr.decode(errors="replace").strip())
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 

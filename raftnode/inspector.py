@@ -36,7 +36,7 @@ from raftnode.errors import StoreDamaged, StoreError
 from raftnode.inspection import Directory, LogRecord, StoredValue, command_of, salvage_command
 from raftnode.messages import DeleteCommand, Entry, MembersCommand, PutCommand
 from raftnode.records import Record
-from raftnode.supervised import Spool, supervise
+from raftnode.supervised import OutputFailed, Spool, supervise
 from raftnode.table import Column, Style, Table, escape, terminal_width
 from raftnode.version import __version__
 
@@ -174,7 +174,10 @@ class Output:
 
     def complain(self, message: str) -> None:
         """One line on standard error, after all that was printed so far."""
-        self.spool.flush()
+        try:
+            self.spool.flush()
+        except OSError:
+            _end_quietly()
         click.echo(f"raftnode-inspect: {escape(message)}", err=True)
 
 
@@ -183,6 +186,7 @@ class Inspector(click.Group):
 
     def main(self, *args: Any, **named: Any) -> Any:
         """With arguments given, run in this process; from the command line, in a child (see `supervised`)."""
+        _open_missing_streams()
         output = Output(sys.stdout.buffer)
         if args or named.get("args") is not None:
             return super().main(*args, **named, obj=output)
@@ -198,6 +202,10 @@ class Inspector(click.Group):
             raise
         except BrokenPipeError:
             _end_quietly()
+        except OutputFailed as error:
+            _end_quietly()
+            output.complain(f"the output can't be written: {error.strerror}")
+            ctx.exit(EXIT_UNEXPECTED)
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(EXIT_INTERRUPTED)
         except StoreDamaged as error:
@@ -217,21 +225,26 @@ def output_crashed(output: Output) -> Callable[[str], int]:
     """What the parent does when the child was ended by what it read."""
 
     def crashed(signal_name: str) -> int:
-        try:
-            output.complain(
-                f"the data file is damaged: reading one of its pages ended the reader ({signal_name}). What could be "
-                "read before is printed. Put a good copy of the directory back"
-            )
-        except BrokenPipeError:
-            _end_quietly()
+        output.complain(
+            f"the data file is damaged: reading one of its pages ended the reader ({signal_name}). What could be read "
+            "before is printed. Put a good copy of the directory back"
+        )
         return EXIT_DAMAGED
 
     return crashed
 
 
 def _end_quietly() -> None:
-    """Nobody reads any more (`| head`): let what Python still flushes at its end go nowhere."""
+    """Nobody reads any more (`| head`), or nothing can be written: let what Python flushes at its end go nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def _open_missing_streams() -> None:
+    """When we were started without standard output or error, something must stand in their place: else the next file
+    that is opened, which is the data file, gets their number and with that what is written to them."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open to the end, as the streams are
 
 
 def _unexpected(error: Exception) -> str:
@@ -254,7 +267,7 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
 
 
 _common = _options(
-    click.argument("directory", metavar="DIR", type=click.Path(path_type=Path)),
+    click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, readable=False)),
     click.option("--json", "as_json", is_flag=True, help="One JSON object a line."),
     click.pass_obj,
 )
@@ -379,13 +392,13 @@ def _list_entries(
 _ENTRY_COLUMNS = [
     Column("commit_id", right=True),
     Column("term", right=True),
-    Column("time"),
+    Column("time", rank=2),
     Column("kind"),
-    Column("namespace", least=7),
+    Column("namespace", least=7, rank=1),
     Column("key", least=8),
-    Column("client", least=9, rank=4),
-    Column("size", right=True, rank=3),
-    Column("checksum"),
+    Column("client", least=9, rank=5),
+    Column("size", right=True, rank=4),
+    Column("checksum", rank=3),
 ]
 _STATE = Column("state")
 _VALUE = Column("value", least=16)

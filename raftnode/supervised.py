@@ -23,6 +23,10 @@ _ROOM: Final = 1 << 16
 _length = struct.Struct("=Q")
 
 
+class OutputFailed(OSError):
+    """The output can't be written: a full disk, say. Nobody reading it any more is a BrokenPipeError instead."""
+
+
 class Spool:
     """Bytes on their way to a stream, in memory that survives this process. On a terminal every line goes at once."""
 
@@ -32,13 +36,13 @@ class Spool:
         self._memory = mmap.mmap(-1, _length.size + _ROOM)
 
     def write(self, line: bytes) -> None:
-        """Raises BrokenPipeError when nobody takes the output any more, as `flush` does."""
+        """Raises BrokenPipeError when nobody takes the output any more, and OutputFailed; `flush` does as well."""
         used = self._used
         if used + len(line) > _ROOM:
             self.flush()
             used = 0
         if len(line) > _ROOM:
-            self._stream.write(line)
+            self._hand_over(line)
             return
         start = _length.size + used
         self._memory[start : start + len(line)] = line
@@ -50,8 +54,18 @@ class Spool:
         """Hand everything to the stream."""
         waiting = self._memory[_length.size : _length.size + self._used]
         _length.pack_into(self._memory, 0, 0)
-        self._stream.write(waiting)
-        self._stream.flush()
+        self._hand_over(waiting)
+
+    def _hand_over(self, data: bytes) -> None:
+        rest = memoryview(data)
+        try:
+            while rest:  # an unbuffered stream may take a part
+                rest = rest[self._stream.write(rest) :]
+            self._stream.flush()
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            raise OutputFailed(error.errno, error.strerror) from error
 
     @property
     def _used(self) -> int:

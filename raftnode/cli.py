@@ -52,17 +52,19 @@ def _fail(error: RaftnodeError) -> NoReturn:
 
 def _serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
-        click.option("--ip", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT",
+        click.option("--ip", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", envvar="RAFTNODE_IP",
                      help="Address to listen on; the other members know this node by it."),
-        click.option("--peers", default="", metavar="HOST:PORT,...",
+        click.option("--peers", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_PEERS",
                      help="The other members. None: a cluster of one. Counts when the store is empty."),
-        click.option("--volume", default=DEFAULT_DATA_DIR, show_default=True, metavar="DIR",
+        click.option("--volume", default=DEFAULT_DATA_DIR, show_default=True, metavar="DIR", envvar="RAFTNODE_VOLUME",
                      type=click.Path(path_type=Path), help="Data directory; made if need be."),
         click.option("--timeout", default=DEFAULT_TIMEOUT_S, show_default=True, type=click.IntRange(1),
-                     metavar="SECONDS", help="Longest time that a request waits for its answer."),
+                     metavar="SECONDS", envvar="RAFTNODE_TIMEOUT",
+                     help="Longest time that a request waits for its answer."),
         click.option("--store", type=click.Choice(STORE_TYPES), default="database", show_default=True,
-                     help="'database' is durable; 'memory' is for trials and forgets everything."),
-        click.option("--log-level", type=click.Choice(log.LEVELS), default="info", show_default=True),
+                     envvar="RAFTNODE_STORE", help="'database' is durable; 'memory' is for trials, and forgets."),
+        click.option("--log-level", type=click.Choice(log.LEVELS), default="info", show_default=True,
+                     envvar="RAFTNODE_LOG_LEVEL", help="What is logged."),
         click.option("--log-json/--log-text", default=None, help="Default: text on a terminal, JSON elsewhere."),
     ]  # fmt: skip
     for option in reversed(options):
@@ -95,9 +97,8 @@ def cli(context: click.Context, /, **options: Any) -> None:
 
     Without a command it serves, as `raftnode serve` does.
     """
-    given = [
-        name for name in options if context.get_parameter_source(name) not in (click.core.ParameterSource.DEFAULT, None)
-    ]
+    typed = click.core.ParameterSource.COMMANDLINE
+    given = [name for name in options if context.get_parameter_source(name) is typed]
     if context.invoked_subcommand is None:
         _serve(**options)
     elif given:
@@ -314,7 +315,7 @@ def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
 
 def main() -> None:
     """Entry point of the console script."""
-    cli(auto_envvar_prefix="RAFTNODE")
+    cli()
 
 
 if __name__ == "__main__":

@@ -262,8 +262,15 @@ class Link(Wire):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
+        self.owner.links[self.peer] = self
         self._request(self.owner.hello())
         self.flush()
+
+    def admit(self) -> None:
+        """The election has checked who answers at the other end: the link may be used."""
+        if self.is_open:
+            self.is_ready = True
+            self.owner.live.add(self.peer)
 
     def post(self, message: PeerRequest) -> None:
         """Send a request of the consensus; its answer comes by the mailbox. One link's requests keep their order."""
@@ -303,12 +310,15 @@ class Link(Wire):
             raise ProtocolError("bad_request", f"an answer to nothing that was asked{detail}")
         _, arrival = self._waiting.pop(answer.id)
         if isinstance(answer, HelloAnswer):
-            letters.append(Greeting(self.peer, answer))
+            letters.append(Greeting(self, answer))
         else:
             letters.append(Reply(self.peer, answer, arrival))
 
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - how it ended makes no difference
         self.is_open = self.is_ready = False
+        if self.owner.links.get(self.peer) is self:
+            del self.owner.links[self.peer]
+            self.owner.live.discard(self.peer)
         forwarded = [arrival for _, arrival in self._waiting.values() if arrival is not None]
         self._waiting.clear()
         self.owner.deliver([Cut(self.peer, forwarded)], limited=False)

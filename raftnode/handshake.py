@@ -68,19 +68,19 @@ class Handshake:
 
     def on_greeting(self, greeting: Greeting) -> None:
         """The other end of our link says who it is."""
-        peer, answer = greeting.peer, greeting.answer
+        link, peer, answer = greeting.link, greeting.link.peer, greeting.answer
         if answer.error is not UNSET:
             problem: tuple[str, str] | None = (answer.error.code, answer.error.message)
         else:
             problem = self._problem_with(answer.cluster, answer.node, peer, PROTOCOL_VERSION)
         if problem is not None:
             self.note_refusal(peer, *problem)
-            self._transport.refuse(peer)
+            link.cut()
             return
 
         def admit() -> None:
             self._refusals.pop(peer, None)
-            self._transport.admit(peer)
+            link.admit()
             self._raft.unreachable(peer)  # what was posted while there was no link is lost
             self._log.info("peer_connected", peer=peer)
 

@@ -66,11 +66,25 @@ class Reply:
     forwarded: Arrival | None = None
 
 
+class LinkEnd(Protocol):
+    """Our end of a link to another member."""
+
+    peer: str
+
+    def admit(self) -> None:
+        """Who answers there has been checked: the link may be used."""
+        ...
+
+    def cut(self) -> None:
+        """End it."""
+        ...
+
+
 @dataclass(slots=True)
 class Greeting:
     """A member's answer to our hello: the link is not used before the election has checked it."""
 
-    peer: str
+    link: LinkEnd
     answer: HelloAnswer
 
 

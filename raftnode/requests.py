@@ -66,7 +66,7 @@ class Requests:
         self._waiting: dict[int, Arrival] = {}
         self._reads: set[Arrival] = set()
         self._local_reads: list[Arrival] = []
-        self._forwarded: set[Arrival] = set()
+        self._forwarded: dict[Arrival, str] = {}  # with the leader that it was passed on to
         self._parked: deque[Arrival] = deque()
         self._last_serving: tuple[Any, ...] = ()
         self._is_full = False
@@ -89,7 +89,9 @@ class Requests:
         """A turn begins: take again what waited for a leader, once there is one."""
         self._now = now
         again = self.want_turn
-        self._last_serving = self._serving
+        if self._serving != self._last_serving:
+            self._last_serving = self._serving
+            self._leave_old_leader()
         if again:
             parked, self._parked = self._parked, deque()
             for arrival in parked:
@@ -177,7 +179,7 @@ class Requests:
         elif len(self._forwarded) >= self._settings.waiting_requests:
             arrival.refuse("overloaded", "too many requests wait for the leader; try again later")
         else:
-            self._forwarded.add(arrival)
+            self._forwarded[arrival] = leader
             client = message.client or arrival.origin.client
             request = msgspec.structs.replace(message, forwarded=True, client=client, id=UNSET)
             self._transport.forward(leader, request, arrival)
@@ -273,9 +275,8 @@ class Requests:
 
     def take_forwarded(self, arrival: Arrival, answer: Answer) -> None:
         """The leader's answer, for the client. What surely was not executed is tried again while there is time."""
-        if arrival not in self._forwarded:
+        if self._forwarded.pop(arrival, None) is None:
             return  # its time was up
-        self._forwarded.remove(arrival)
         if answer.error is not UNSET and answer.error.code in ("no_leader", "shutting_down"):
             self._park(arrival)
         elif isinstance(answer, Refusal):
@@ -287,13 +288,23 @@ class Requests:
     def cut_off(self, forwarded: list[Arrival]) -> None:
         """The link on which these were passed on has ended."""
         for arrival in forwarded:
-            if arrival not in self._forwarded:
-                continue
-            self._forwarded.remove(arrival)
-            if isinstance(arrival.message, Get):
-                self._park(arrival)
-            else:
-                self._refuse_forwarded(arrival, "the connection to the leader was cut")
+            self._stop_waiting_for_leader(arrival, "the connection to the leader was cut")
+
+    def _leave_old_leader(self) -> None:
+        """There is another leader than the one that a request was passed on to: that one may never answer."""
+        leader = self._raft.leader
+        if leader is not None:
+            for arrival in [a for a, passed_on_to in self._forwarded.items() if passed_on_to != leader]:
+                self._stop_waiting_for_leader(arrival, "the leader was replaced")
+
+    def _stop_waiting_for_leader(self, arrival: Arrival, why: str) -> None:
+        """A read is tried again; of a write it is not known what became of it."""
+        if self._forwarded.pop(arrival, None) is None:
+            return  # its time was up
+        if isinstance(arrival.message, Get):
+            self._park(arrival)
+        else:
+            self._refuse_forwarded(arrival, why)
 
     @staticmethod
     def _refuse_forwarded(arrival: Arrival, why: str) -> None:
@@ -314,7 +325,7 @@ class Requests:
         for commit_id in [n for n, arrival in self._waiting.items() if arrival.deadline <= self._now]:
             self._waiting.pop(commit_id).refuse("not_committed", f"no majority confirmed in time; {OPEN}")
         for arrival in [a for a in self._forwarded if a.deadline <= self._now]:
-            self._forwarded.discard(arrival)
+            del self._forwarded[arrival]
             self._refuse_forwarded(arrival, "the leader did not answer in time")
         for arrival in [a for a in self._reads if a.deadline <= self._now]:
             self._reads.discard(arrival)

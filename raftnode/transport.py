@@ -68,7 +68,8 @@ class Transport:
         self._driver: Driver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._connections: set[Connection] = set()
-        self._links: dict[str, Link] = {}
+        self.links: dict[str, Link] = {}
+        """The open links by member; a link enters itself when it is connected and leaves when it ends."""
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._callers: dict[str, Caller] = {}
         self._turn_due = False
@@ -182,7 +183,7 @@ class Transport:
             keeper.cancel()
         self._keepers.clear()
         self.flush()
-        wires: list[Wire] = [*self._connections, *self._links.values()]
+        wires: list[Wire] = [*self._connections, *self.links.values()]
         for wire in wires:
             if wire.is_open:
                 wire.transport.close()
@@ -266,7 +267,7 @@ class Transport:
             for connection in list(self._connections):
                 if self._is_overdue(connection, now):
                     connection.cut()
-            for link in list(self._links.values()):
+            for link in list(self.links.values()):
                 oldest = link.oldest_wait()
                 if oldest is not None and now - oldest > self.settings.stall_timeout_ms / 1000:
                     link.cut()
@@ -306,7 +307,7 @@ class Transport:
                 self._keepers[peer] = self._loop.create_task(self._keep_linked(peer))
         for peer in set(self._keepers) - set(self.peers):
             self._keepers.pop(peer).cancel()
-            if (link := self._links.pop(peer, None)) is not None:
+            if (link := self.links.get(peer)) is not None:
                 link.cut()
 
     async def _keep_linked(self, peer: str) -> None:
@@ -322,37 +323,24 @@ class Transport:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, high)
                 continue
-            self._links[peer] = link
             started = self.now()
             await link.ended
-            self.live.discard(peer)
             pause = low if self.now() - started > high else min(2 * pause, high)
             await asyncio.sleep(pause)
 
-    def admit(self, peer: str) -> None:
-        """The election has checked who answers at `peer`: the link may be used."""
-        if (link := self._links.get(peer)) is not None and link.is_open:
-            link.is_ready = True
-            self.live.add(peer)
-
-    def refuse(self, peer: str) -> None:
-        """The election does not accept who answers at `peer`."""
-        if (link := self._links.get(peer)) is not None:
-            link.cut()
-
     def post(self, peer: str, message: PeerRequest) -> None:
         """Send a request of the consensus over the link to `peer`; nothing happens while there is none."""
-        if (link := self._links.get(peer)) is not None:
+        if (link := self.links.get(peer)) is not None:
             link.post(message)
 
     def can_forward(self, peer: str) -> bool:
         """True when a client's request can be passed on to `peer` now."""
-        link = self._links.get(peer)
+        link = self.links.get(peer)
         return link is not None and link.is_ready and link.writable
 
     def forward(self, peer: str, request: ClientRequest, arrival: Arrival) -> None:
         """Pass a client's request on to `peer`; see `can_forward`."""
-        self._links[peer].forward(request, arrival)
+        self.links[peer].forward(request, arrival)
 
     @property
     def connection_count(self) -> int:

@@ -93,7 +93,7 @@ class Environment:
             metasync=self._durable,
         )
         try:
-            check_length(self.path, env)
+            check_length(self.path, env, may_verify=True)
         except BaseException:
             env.close()
             raise
@@ -103,9 +103,7 @@ class Environment:
         """The databases; in a blank file they are made together with the first facts, in one transaction, so that a
         crash leaves either nothing or a whole node."""
         assert self._env is not None
-        with self._env.begin() as txn:
-            is_blank = txn.stat()["entries"] == 0
-        if not is_blank:
+        if not _is_blank(self._env):
             check_ours(self.path, self._env)
             return {name: self._env.open_db(name, create=False) for name in records.DATABASES}
         if self.held_node:
@@ -228,19 +226,20 @@ class MemoryDirectory:
 
 
 def open_reader(data_dir: Path, map_bytes: int) -> lmdb.Environment:
-    """The environment of a live or dead node's directory, for reading only. The caller closes it.
+    """The environment of a live or dead node's directory, for reading only: nothing is written to it. The caller
+    closes it.
 
-    On a copy that this user may not write to, LMDB's table of readers is left alone: fine while no node runs on it.
-    Raises StoreError.
+    Where LMDB's table of readers is not there, or is not this user's to write, it is left alone: fine while no node
+    runs on the directory. Raises StoreError.
     """
     file = data_dir / records.DATA_FILE
-    if not data_dir.is_dir():
-        raise StoreForeign(f"{data_dir}: no such directory")
-    if not file.is_file() or file.stat().st_size == 0:
-        raise StoreForeign(f"{data_dir} holds no node: there is no {records.DATA_FILE} in it")
     lock = Path(f"{file}-lock")
-    may_lock = os.access(lock if lock.exists() else data_dir, os.W_OK)
     try:
+        if not data_dir.is_dir():
+            raise StoreForeign(f"{data_dir}: " + ("not a directory" if data_dir.exists() else "no such directory"))
+        if not file.is_file() or file.stat().st_size == 0:
+            raise StoreForeign(f"{data_dir} holds no node: there is no {records.DATA_FILE} in it")
+        may_lock = lock.exists() and os.access(lock, os.W_OK)
         env = lmdb.open(
             str(file),
             subdir=False,
@@ -252,13 +251,26 @@ def open_reader(data_dir: Path, map_bytes: int) -> lmdb.Environment:
         )
     except lmdb.Error as error:
         raise explain_open_error(data_dir, error) from error
+    except OSError as error:
+        raise StoreForeign(f"{data_dir} can't be read: {error.strerror or error}") from error
     try:
-        check_length(data_dir, env)
+        check_length(data_dir, env, may_verify=False)
+        if _is_blank(env):
+            raise StoreForeign(f"{data_dir} holds no node yet: its first start was not finished")
         check_ours(data_dir, env)
+    except lmdb.Error as error:
+        env.close()
+        raise explain_open_error(data_dir, error) from error
     except BaseException:
         env.close()
         raise
     return env
+
+
+def _is_blank(env: lmdb.Environment) -> bool:
+    """True for an environment in which nothing was ever made."""
+    with env.begin() as txn:
+        return int(txn.stat()["entries"]) == 0
 
 
 def explain_open_error(data_dir: Path, error: lmdb.Error) -> StoreError:
@@ -288,16 +300,17 @@ def check_ours(data_dir: Path, env: lmdb.Environment) -> None:
         ) from error
 
 
-def check_length(data_dir: Path, env: lmdb.Environment) -> None:
+def check_length(data_dir: Path, env: lmdb.Environment, may_verify: bool) -> None:
     """Refuse a file that was cut off: reading a page that is not there would kill the process (SIGBUS).
 
     LMDB does not write the last pages of a file when they were freed in the transaction that took them, so a few may
-    be missing from a sound file: then every page is looked at, from the outside.
+    be missing from a sound file: then every page is looked at, from the outside, if nobody writes (`may_verify`).
     """
     file = data_dir / records.DATA_FILE
-    size, page = file.stat().st_size, env.stat()["psize"]
-    missing = env.info()["last_pgno"] + 1 - size // page
-    if missing > _LOOSE_PAGES or (missing > 0 and not _is_sound(file)):
+    needed, page = env.info()["last_pgno"] + 1, env.stat()["psize"]
+    size = file.stat().st_size  # after LMDB's own figure: a live node's file only grows
+    missing = needed - size // page
+    if missing > _LOOSE_PAGES or (missing > 0 and may_verify and not _is_sound(file)):
         raise StoreDamaged(
             f"{file} is cut off: {size} bytes, {missing} pages of {page} bytes are missing at its end. "
             "Put a good copy of the directory back"

@@ -213,15 +213,12 @@ class Store:
             raise damaged_entry(self.data_dir, first)
         before = base if first == base.id.commit_id + 1 else None
         checksum = before.checksum if before else self._entry(txn, first - 1).checksum
-        with txn.cursor(self._env.db(records.LOG)) as cursor:
-            cursor.set_key(records.log_key(first))
-            for commit_id in range(first, last + 1):
-                entry = records.unpack_entry(commit_id, bytes(cursor.value()))
-                checksum = chain(checksum, entry.term, commit_id, entry.time, entry.command)
-                if cursor.key() != records.log_key(commit_id) or checksum != entry.checksum:
-                    raise damaged_entry(self.data_dir, commit_id)
-                yield entry
-                cursor.next()
+        for commit_id in range(first, last + 1):
+            entry = self._entry(txn, commit_id)
+            checksum = chain(checksum, entry.term, commit_id, entry.time, entry.command)
+            if checksum != entry.checksum:
+                raise damaged_entry(self.data_dir, commit_id)
+            yield entry
 
     def _entry(self, txn: lmdb.Transaction, commit_id: int) -> Entry:
         stored = txn.get(records.log_key(commit_id), db=self._env.db(records.LOG))

@@ -11,7 +11,28 @@ The way in is `Raft.step` (a message), `Raft.tick` (time), `Raft.propose` and `R
 after which the driver says `Raft.written`. Nothing here has an effect: the driver (`raftnode.election`) posts, writes
 and answers, in that order.
 
-Departures from Ongaro's thesis, each with its reason:
+**The rules.** Each has a test that fails when it is broken ("paper tests"), and docstrings refer to their numbers.
+
+ 1. Ballot (term, voted_for) is one value, written in one transaction, before any message that depends on it.
+ 2. Vote only for a candidate whose last (term, commit_id) is at least ours; one vote a term.
+ 3. Pre-vote before every campaign; a node that hears a leader refuses pre-votes. A leader that has not heard from a
+    majority for an election timeout steps down (check-quorum).
+ 4. Entries are refused unless the entry before them matches; a conflicting uncommitted suffix is cut, a committed entry
+    never is; the refusal carries a hint, so that a follower catches up in a few rounds.
+ 5. Only entries of the leader's own term commit by counting; older ones commit with them. A new leader's no-op goes
+    first.
+ 6. A follower commits at most up to the last entry that it has matched with this leader.
+ 7. A linearizable read notes commit_id, has a majority confirm leadership in a round started after it arrived, waits
+    until that is applied, and is answered from one snapshot; not before the leader's no-op has committed. No leases.
+ 8. (Not yet.) Membership changes one node at a time, through the log, in force when appended; who joins is a learner
+    first.
+ 9. Members are known by address and node id; every link starts with cluster id, node id and protocol version.
+10. (Not yet.) A write may carry `client` and `seq`; its outcome is kept, so that a retry is not applied twice.
+11. Time is passed in, chance is an injected `random.Random`, iteration over sets is sorted: one seed, one trace.
+12. An answer is "failed" only if the command was never appended; after a time-out, a lost leadership or a cut
+    connection it is open. When a staged suffix is cut, its waiting clients, its membership and its caches go with it.
+
+**Departures** from Ongaro's thesis, each with its reason:
 
 * Pre-vote (9.6) and check-quorum (6.2) are always on, and together: each without the other can stall a cluster.
 * A voter that heard a leader within the least election timeout ignores vote requests without raising its term (4.2.3).

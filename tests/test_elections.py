@@ -77,6 +77,20 @@ def test_voter_that_dies_after_its_ballot_is_written_remembers_it() -> None:
     assert ask_vote(network, "2", "1", 1).data
 
 
+def test_vote_in_a_term_that_is_known_already_is_written_too() -> None:
+    """The voter has gone to the term before, for a candidate that it refused. Now it votes in it: the term on its disk
+    is the same, the vote is new, and it must not be forgotten. (Thesis 3.8; FACTS 1.1.)"""
+    network = Network(3)
+    network.give_log("2", 1, 1)
+    assert not ask_vote(network, "2", "3", 7).data
+    assert network["2"].disk.ballot == Ballot(7, None)
+    assert ask_vote(network, "2", "1", 7, EntryId(1, 2)).data
+    assert network["2"].disk.ballot == Ballot(7, "1")
+    network.crash("2")
+    network.restart("2")
+    assert not ask_vote(network, "2", "3", 7, EntryId(6, 9)).data
+
+
 @pytest.mark.parametrize("point", [CrashPoint.BEFORE_WRITE, CrashPoint.AFTER_WRITE])
 def test_candidate_asks_for_votes_only_when_its_own_is_on_disk(point: CrashPoint) -> None:
     """The candidate dies in the turn in which it has won the pre-vote and gone to the new term: no vote request of
@@ -656,6 +670,20 @@ def test_deadline_is_the_next_thing_to_do() -> None:
         network.now = network["2"].raft.deadline()
         network.turn("2")
     assert network.now == pytest.approx(due)
+
+
+def test_timer_may_be_started_anew_from_outside() -> None:
+    """The driver was busy before its first turn: it starts the timer anew. A cluster of one waits for nobody. (FACTS
+    1.18.)"""
+    network = Network(3)
+    network.now += 0.7
+    network["2"].raft.clock(network.now)
+    network["2"].raft.rearm()
+    assert LOW - BEAT <= campaign_moment(network, "2") <= HIGH + 0.01
+    network = Network(1)
+    network["1"].raft.rearm()
+    network.turn("1")
+    assert network.leaders == ["1"]
 
 
 # --- suspicion -------------------------------------------------------------------------------------------------------

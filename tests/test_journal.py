@@ -293,6 +293,7 @@ def test_hint_of_a_refusal(own: list[int], asked: int, term: int, committed: int
         ([1, 1, 3, 3], EntryId(3, 99), 0, 4),  # past the end: from the end on
         ([3, 3, 3, 3], EntryId(1, 4), 0, 0),
         ([3, 3, 3, 3], EntryId(1, 4), 2, 2),  # never below what is known
+        ([3, 3, 3, 3], EntryId(3, 1), 2, 2),
     ],
 )
 def test_use_of_a_hint(own: list[int], hint: EntryId, at_least: int, found: int) -> None:

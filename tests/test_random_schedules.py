@@ -13,10 +13,10 @@ import pytest
 
 from raftnode.config import Settings
 from raftnode.messages import Data
-from raftnode.testing.network import CrashPoint, Network
+from raftnode.testing.network import CrashPoint, Envelope, Network
 
-SEEDS = range(60)
-STEPS = 700
+SEEDS = range(120)
+STEPS = 1000
 
 
 class Chaos:
@@ -37,8 +37,9 @@ class Chaos:
         print(f"seed {seed}: {size} members, {limits}")  # noqa: T201 - shown when the test fails
         self.network = Network(size, seed, settings)
         self.asked = 0
+        self.late: list[Envelope] = []
         self.loss = self.random.choice([0.0, 0.02, 0.2])
-        self.fault = self.random.choice([0.0, 0.02, 0.1])
+        self.fault = self.random.choice([0.0, 0.02, 0.1, 0.3])
         self.actions: list[tuple[Callable[[], None], float]] = [
             (self.deliver, 12),
             (self.pass_time, 2),
@@ -46,6 +47,8 @@ class Chaos:
             (self.read, 1),
             (self.lose, 12 * self.loss),
             (self.repeat, 12 * self.loss),
+            (self.delay, 6 * self.loss),
+            (self.arrive_late, 2 * self.loss),
             (self.crash, self.fault),
             (self.restart, 3 * self.fault),
             (self.cut, self.fault),
@@ -53,7 +56,7 @@ class Chaos:
             (self.pause, self.fault),
             (self.resume, 2 * self.fault),
             (self.lose_link, self.fault),
-            (self.depose, self.fault),
+            (self.depose, self.random.choice([0.0, 0.1, 0.3, 0.6])),
             (self.sleep_through_a_change, 2 * self.fault),
         ]
 
@@ -94,6 +97,16 @@ class Chaos:
         if self.network.in_flight:
             self.network.duplicate(self.random.choice(self.network.in_flight))
 
+    def delay(self) -> None:
+        """A message is held up on its way: it may arrive in another term, or never."""
+        if self.network.in_flight:
+            place = self.random.randrange(len(self.network.in_flight))
+            self.late.append(self.network.in_flight.pop(place))
+
+    def arrive_late(self) -> None:
+        if self.late:
+            self.network.in_flight.insert(0, self.late.pop(self.random.randrange(len(self.late))))
+
     def crash(self) -> None:
         if name := self.any_member():
             self.network.crash(name, self.random.choice(list(CrashPoint)))
@@ -133,9 +146,12 @@ class Chaos:
                 self.network.turn(target, lambda raft: raft.suspect(source))
 
     def depose(self) -> None:
-        """Somebody's election timer runs out early: elections far more often than time alone would bring."""
+        """Somebody's election timer runs out early, mostly when the others have lost their leader as well: elections
+        far more often than time alone would bring, of members that are behind too."""
         name = self.any_member()
         if name and not self.network[name].raft.is_leader:
+            if self.random.random() < 0.8:
+                self.network.lose_leaders()
             self.network.turn(name, lambda raft: raft.suspect(raft.leader or ""), lambda raft: raft.campaign())
 
     def sleep_through_a_change(self) -> None:

@@ -715,6 +715,30 @@ def test_window_and_batch_are_limits(window: int, batch: int) -> None:
     assert len(network["2"].keys) == 40
 
 
+def test_one_member_may_be_fed_out_of_turn() -> None:
+    """The driver is asked to send one member what it needs: entries if it lacks some and its window has room, else a
+    heartbeat; or to send heartbeats to all. Who does not lead, or is asked about a stranger, sends nothing. (DESIGN 3,
+    `Election.send_heartbeat`.)"""
+    network = led_by_1()
+    raft = network["1"].raft
+    network.turn("1", lambda raft: raft.feed("2"))
+    assert [type(e.message) for e in network.in_flight] == [Heartbeat]
+    assert network.drop("1", "2") == 1
+    raft.propose(put("colour"))
+    network.turn("1", lambda raft: raft.feed("2"))
+    (sent,) = network.select("1", "2")
+    assert isinstance(sent.message, Data)
+    network.in_flight.clear()
+    network.turn("1", lambda raft: raft.feed("2"), lambda raft: raft.feed("9"))
+    assert [(e.target, type(e.message)) for e in network.in_flight] == [("2", Heartbeat)], "its window is full"
+    network.in_flight.clear()
+    network.turn("1", lambda raft: raft.beat())
+    assert [(e.target, type(e.message)) for e in network.in_flight] == [("2", Heartbeat), ("3", Heartbeat)]
+    network.in_flight.clear()
+    network.turn("2", lambda raft: raft.feed("1"), lambda raft: raft.beat())
+    assert not network.in_flight
+
+
 def test_batch_ends_by_size_and_one_large_entry_goes_alone() -> None:
     """A batch stops before the size limit; an entry larger than the limit is sent all the same. (FACTS 1.38.)"""
     network = led_by_1(settings=Settings(batch_bytes=300))

@@ -53,9 +53,9 @@ class Invariants:
         """Everything, after a turn of `member`, which may have ended in a crash."""
         self._check_durable(member)
         self._check_log_matching(member)
+        self._check_applied(member)
         if member.is_up:
             self._check_basic(member)
-            self._check_applied(member)
             self._check_leader(member)
             self._check_reads(member)
         self._look(member)
@@ -136,11 +136,12 @@ class Invariants:
         self._logs[member.name] = (len(log), log[-1] if log else None)
 
     def _check_applied(self, member: Member) -> None:
-        """What a member newly applied is what all others have applied there."""
+        """What a member newly applied is what all others have applied there. One that died in this turn counts too, as
+        far as its disk tells: it may have been the first."""
         for entry in member.applied[self._looks[member.name].applied :]:
             if entry.commit_id > len(self.chosen):
                 self._check_majority(member, entry)
-                self.chosen.append(Chosen(entry.id, entry.checksum, member.raft.term))
+                self.chosen.append(Chosen(entry.id, entry.checksum, member.disk.ballot.term))
             chosen = self.chosen[entry.commit_id - 1]
             assert (chosen.id, chosen.checksum) == (entry.id, entry.checksum), (
                 f"state-machine safety: {member.name} applied {entry.id}, another member {chosen.id}"
@@ -149,8 +150,9 @@ class Invariants:
     def _check_majority(self, member: Member, entry: Entry) -> None:
         """An entry is applied first when a majority of the voters, as `member` knows them, has it on disk (thesis 3.5,
         10.2.1)."""
+        membership = member.raft.membership if member.is_up else member.disk.journal().membership
         copies = [name for name, other in self._members.items() if other.disk.holds(entry.id)]
-        assert member.raft.membership.is_majority(copies), (
+        assert membership.is_majority(copies), (
             f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
         )
 

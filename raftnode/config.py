@@ -79,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Open connections from clients; a further one is told `overloaded` and closed."""
     pipeline_requests: int = 1000
     """Requests of one connection that are not answered yet; past that the node stops reading from it."""
+    in_flight_bytes: int = 256 * MIB
+    """Size of all requests that are not answered yet; past that: `overloaded`."""
     send_buffer_bytes: int = 1 * MIB
     """Answers that a client has not taken yet; past that the node stops reading from it."""
     idle_timeout_ms: int = 3_600_000

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 from msgspec import UNSET
@@ -22,6 +23,7 @@ from raftnode.messages import (
     ClientRequest,
     Hello,
     HelloAnswer,
+    Id,
     Malformed,
     PeerRequest,
     decode_answer,
@@ -83,6 +85,17 @@ class Wire(asyncio.Protocol):
             self.transport.abort()
 
 
+@dataclass(slots=True)
+class _Refused:
+    """An answer that waits for its turn: to a message that never became a request."""
+
+    answer: Answer
+
+    @property
+    def id(self) -> Id:
+        return self.answer.id
+
+
 class Connection(Wire):
     """A connection that a client or another member opened.
 
@@ -94,14 +107,20 @@ class Connection(Wire):
     def __init__(self, owner: Transport) -> None:
         super().__init__(owner, owner.settings.frame_bytes)
         self.peer: str | None = None
+        self.is_link = False
+        """True for a member's one link; it may have further connections for single requests."""
         self.client = ""
         self.last_frame_at = owner.now()
         """When the last whole message came, or the connection."""
         self.begun_at: float | None = None
-        """When the message began that is not whole yet; it must be so within `stall_timeout_ms`."""
-        self._backlog: deque[Arrival] = deque()
+        """When the message began that is not whole yet, and for which this node waits: it must be so within
+        `stall_timeout_ms`."""
+        self.is_surplus = False
+        """Over the limit: only a member may stay."""
+        self._backlog: deque[Arrival | _Refused] = deque()
         self._under_way = 0
         self._in_order = False  # a request without id is under way
+        self._is_paused = False
         self._half_closed = False
 
     # --- asyncio's side ---
@@ -110,29 +129,25 @@ class Connection(Wire):
         super().connection_made(transport)
         address = self.transport.get_extra_info("peername")
         self.client = f"{address[0]}:{address[1]}" if address else "?"
-        if not self.owner.admit_connection(self):
-            self.send(failure("error", "overloaded", "this node has as many connections as it takes; try another node"))
-            self.flush()
-            self.transport.close()
+        self.owner.admit_connection(self)
 
     def data_received(self, data: bytes) -> None:
-        arrivals: list[Arrival] = []
         frames = self.framer.feed(data)
         for frame in frames:
-            self._take_frame(frame, arrivals)
+            self._take_frame(frame)
         if not self.framer.is_mid_message:
             self.begun_at = None
         elif frames or self.begun_at is None:
             self.begun_at = self.owner.now()
-        self._dispatch(arrivals)
+        self._pump()
 
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
-        arrivals: list[Arrival] = []
         for frame in self.framer.at_end():
-            self._take_frame(frame, arrivals)
+            self._take_frame(frame)
         self._half_closed = True
-        self._dispatch(arrivals)
+        self.begun_at = None
+        self._pump()
         self._close_when_done()
         return True
 
@@ -143,58 +158,69 @@ class Connection(Wire):
 
     # --- in ---
 
-    def _take_frame(self, frame: Frame, arrivals: list[Arrival]) -> None:
+    def _take_frame(self, frame: Frame) -> None:
+        """Put what one frame holds at the end of the backlog."""
         self.last_frame_at = self.owner.now()
         if isinstance(frame, TooLong):
-            limit = self.framer.limit
-            self.send(
-                failure("error", "too_large", f"a message of more than {limit} bytes; the rest of its line is dropped")
-            )
+            why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"
+            self._backlog.append(_Refused(failure("error", "too_large", why)))
             return
         try:
-            arrivals.append(Arrival(decode_request(frame), self))
+            message = decode_request(frame)
         except Malformed as error:
             parts = split_line(frame)
             if len(parts) == 1 or self.framer.lines_only:
-                self.send(error.answer())
+                self._backlog.append(_Refused(error.answer()))
             else:
                 for part in parts:
-                    self._take_frame(part, arrivals)
-
-    def _dispatch(self, arrivals: list[Arrival]) -> None:
-        """To the mailbox with them, as far as order and limits let; the rest waits."""
-        if not arrivals:
+                    self._take_frame(part)
             return
-        free = self.owner.settings.pipeline_requests - self._under_way
-        if (
-            not self._backlog
-            and self.writable
-            and len(arrivals) <= free
-            and all(a.message.id is not UNSET for a in arrivals)
-        ):
-            self._under_way += len(arrivals)
-            self.owner.deliver(arrivals)
-            return
-        self._backlog.extend(arrivals)
-        self._pump()
+        if self.is_surplus and not isinstance(message, Hello):
+            self.refuse_surplus()
+        else:
+            self._backlog.append(Arrival(message, self, len(frame)))
 
     def _pump(self) -> None:
+        """From the backlog to the mailbox, as far as order and limits let. While some must wait, nothing is read."""
         ready: list[Arrival] = []
         limit = self.owner.settings.pipeline_requests
         while self._backlog and not self.is_full and self._under_way < limit:
-            has_id = self._backlog[0].message.id is not UNSET
-            if self._in_order and not has_id:
+            item = self._backlog[0]
+            if self._in_order and item.id is UNSET:
                 break
-            self._in_order = self._in_order or not has_id
-            self._under_way += 1
-            ready.append(self._backlog.popleft())
-        if ready:
-            self.owner.deliver(ready)
-        if self.is_open and not self._half_closed:
-            if self._backlog:
-                self.transport.pause_reading()
+            self._backlog.popleft()
+            if isinstance(item, _Refused):
+                self._send_soon(item.answer)
+            elif self.owner.has_memory_for(item.size):
+                self._begin(item)
+                ready.append(item)
             else:
-                self.transport.resume_reading()
+                self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
+        self.owner.deliver(ready)
+        self._read_on(not self._backlog)
+
+    def _begin(self, arrival: Arrival) -> None:
+        self._under_way += 1
+        self.owner.in_flight_bytes += arrival.size
+        if arrival.id is UNSET:
+            self._in_order = True
+
+    def _finish(self, arrival: Arrival) -> None:
+        self._under_way -= 1
+        self.owner.in_flight_bytes -= arrival.size
+        if arrival.id is UNSET:
+            self._in_order = False
+
+    def _read_on(self, may_read: bool) -> None:
+        if self._is_paused is not may_read or not self.is_open or self._half_closed:
+            return
+        self._is_paused = not may_read
+        if may_read:
+            self.transport.resume_reading()
+            self.begun_at = self.owner.now() if self.framer.is_mid_message else None
+        else:
+            self.transport.pause_reading()
+            self.begun_at = None  # the time that this node takes does not count
 
     # --- out ---
 
@@ -210,17 +236,18 @@ class Connection(Wire):
     def answer(self, arrival: Arrival, answer: Answer) -> None:
         self._finish(arrival)
         if self.is_open:
-            answer.id = arrival.message.id
+            answer.id = arrival.id
             self.send(answer)
 
     def defer(self, arrival: Arrival) -> None:
         self._finish(arrival)
-        self._backlog.appendleft(arrival)
+        if self.is_open:
+            self._backlog.appendleft(arrival)
 
-    def _finish(self, arrival: Arrival) -> None:
-        self._under_way -= 1
-        if arrival.message.id is UNSET:
-            self._in_order = False
+    def _send_soon(self, answer: Answer) -> None:
+        """Send what no turn of the driver is going to flush."""
+        self.send(answer)
+        self.owner.flush_soon()
 
     def flush(self) -> None:
         super().flush()
@@ -236,13 +263,21 @@ class Connection(Wire):
         if self._half_closed and self.is_idle and not self._out and self.is_open:
             self.transport.close()
 
+    def refuse_surplus(self) -> None:
+        """This node has as many connections as it takes."""
+        why = "this node has as many connections as it takes; try another node"
+        self._send_soon(failure("error", "overloaded", why))
+        self.is_surplus = False
+        self._backlog.clear()
+        self.close_after_answer()
+
     def close_after_answer(self) -> None:
         """Send what is due, then end the connection: a member that was refused."""
         self._half_closed = True
 
-    def become_link_of(self, peer: str) -> None:
+    def become_link_of(self, peer: str, is_link: bool) -> None:
         """The other end is a member: it may send whole batches, and always ends its lines."""
-        self.peer = peer
+        self.peer, self.is_link, self.is_surplus = peer, is_link, False
         self.framer.limit = self.owner.settings.peer_frame_bytes
         self.framer.lines_only = True
 

@@ -32,7 +32,7 @@ from msgspec import UNSET, Struct
 
 from raftnode.config import Role, canonical_address
 from raftnode.consensus.raft import Raft, Ready, Ticket
-from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, error_for
+from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, Unavailable, error_for
 from raftnode.handshake import Handshake
 from raftnode.log import get_logger
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply, Task, drain
@@ -65,7 +65,7 @@ from raftnode.messages import (
     encode,
     to_request,
 )
-from raftnode.requests import OPEN, Requests
+from raftnode.requests import OPEN, STOPPING, Requests
 from raftnode.store import Store
 from raftnode.transport import Transport
 from raftnode.version import __version__
@@ -136,6 +136,7 @@ class Election:
         self._turn_lock = threading.Lock()
         self._now = self._started = self.clock()
         self._is_timed = False
+        self._has_ended = False
         self._effects_since: float | None = None
         self._readers_checked = self._started
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
@@ -387,11 +388,24 @@ class Election:
         """True when nobody waits for an answer any more."""
         return self.requests.count == 0
 
+    def end(self) -> None:
+        """There are no more turns: whoever still waits is told, and so is who comes later."""
+        self._has_ended = True
+        with self._turn_lock:
+            self.requests.end()
+            for letter in drain(self.queue):
+                if isinstance(letter, Arrival):
+                    letter.refuse("shutting_down", STOPPING)
+                elif isinstance(letter, Task):
+                    letter.give_up()
+
     def close(self) -> None:
-        """After the last turn: bring the effects to the disk, so that the next start has nothing to catch up on."""
-        if self.store.has_effects:
-            self.store.write()
-        self.store.owner = None
+        """After the end: bring the effects to the disk, so that the next start has nothing to catch up on."""
+        self.end()
+        with self._turn_lock:
+            if self.store.has_effects:
+                self.store.write()
+            self.store.owner = None
 
     # --- the published interface, for other threads ---
 
@@ -405,7 +419,10 @@ class Election:
             except Exception as error:  # it belongs to the caller, who gets it below
                 future.set_exception(error)
 
-        return self._await([Task(task)], future)
+        def give_up() -> None:
+            future.set_exception(Unavailable("shutting_down", STOPPING))
+
+        return self._await([Task(task, give_up)], future)
 
     def _ask(self, message: AnyRequest) -> Answer:
         """Put a request in as a client's, and wait for its answer."""
@@ -414,8 +431,10 @@ class Election:
 
     def _await(self, letters: list[Letter], future: concurrent.futures.Future[T]) -> T:
         self.transport.deliver(letters, limited=False)
+        if self._has_ended:
+            self.end()  # these letters came after the last turn
         limit = 2 * self.settings.request_timeout_ms / 1000
-        if not self.transport.is_serving:
+        if not self.transport.is_serving and not self._has_ended:
             self._take_turns(future, limit)
         try:
             return future.result(limit)

@@ -29,7 +29,8 @@ class Handshake:
         self._store = store
         self._transport = transport
         self._log = log
-        self._refusals: dict[str, str] = {}
+        self._refusals: dict[str, str] = {}  # by member: what was said last
+        self._strangers = 0
         self._welcomes: list[Callable[[], None]] = []
 
     @property
@@ -60,7 +61,7 @@ class Handshake:
         def welcome() -> None:
             if hello.link:
                 self._transport.replace_connection(connection, hello.address)
-            connection.become_link_of(hello.address)
+            connection.become_link_of(hello.address, hello.link)
             cluster = str(self._store.cluster_id)
             arrival.answer(HelloAnswer(cluster=cluster, node=self._store.node_id, address=self._me))
 
@@ -132,7 +133,12 @@ class Handshake:
         return None
 
     def note_refusal(self, peer: str, code: str, message: str) -> None:
-        """Say once why a node and this one do not work together; tries go on."""
-        if self._refusals.get(peer) != message:
+        """Say once why a node and this one do not work together; tries go on. Of strangers, of whom there may be any
+        number, the 1st, 2nd, 4th, 8th ... refusal is told."""
+        if self._raft.membership.node_of(peer) is None:
+            self._strangers += 1
+            if self._strangers & (self._strangers - 1) == 0:
+                self._log.error("stranger_refused", peer=peer, code=code, why=message, count=self._strangers)
+        elif self._refusals.get(peer) != message:
             self._refusals[peer] = message
             self._log.error("peer_refused", peer=peer, code=code, why=message)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from raftnode.messages import Answer, AnyAnswer, AnyRequest, HelloAnswer, failure
+from raftnode.messages import Answer, AnyAnswer, AnyRequest, HelloAnswer, Id, failure
 
 
 class Origin(Protocol):
@@ -42,9 +42,15 @@ class Arrival:
 
     message: AnyRequest
     origin: Origin
+    size: int = 0
+    """Bytes that it took on the wire."""
     deadline: float = 0.0
     """Monotonic seconds; set by the election when it takes the request."""
     done: bool = False
+
+    @property
+    def id(self) -> Id:
+        return self.message.id
 
     def answer(self, answer: Answer) -> None:
         """Answer once; what comes later (a forwarded request whose time was up) is dropped."""
@@ -101,6 +107,8 @@ class Task:
     """Something that another thread wants done on the election's."""
 
     run: Callable[[], Any]
+    give_up: Callable[[], Any] = lambda: None
+    """Instead of `run`, when the node has ended."""
 
 
 Letter = Arrival | Reply | Greeting | Cut | Task

@@ -67,6 +67,10 @@ Count: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
 Crc: TypeAlias = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 
 
+Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=255)]
+"""An address, an id or a name that others choose."""
+
+
 class EntryId(Struct, frozen=True, order=True):
     """Where an entry stands and who put it there: ordered by term, then position, so that "at least as up to
     date" (thesis 3.6.1) is a plain `>=`.
@@ -151,6 +155,15 @@ _decode_command: Callable[[bytes | Raw], AnyCommand] = msgspec.json.Decoder(AnyC
 _encode = msgspec.json.Encoder().encode
 
 
+def check_command(command: bytes | Raw) -> None:
+    """Raise ProtocolError for a command that this node could not apply: it must not be acknowledged."""
+    match decode_command(command):
+        case PutCommand() | DeleteCommand() as change:
+            store_key(change.namespace, change.key)
+        case MembersCommand(voters=voters, learners=learners) if not voters or voters.keys() & learners.keys():
+            raise ProtocolError("bad_request", "a membership without voters, or with one who is a learner too")
+
+
 def decode_command(command: bytes | Raw) -> AnyCommand:
     """The command of an entry. Raises ProtocolError: an entry that no version of ours wrote."""
     try:
@@ -177,7 +190,7 @@ class Request(Struct, tag_field="type", omit_defaults=True, kw_only=True):
 class ClientRequest(Request, kw_only=True):
     forwarded: bool = False
     """Passed on by a member that is not the leader: whoever gets it answers, and never passes it on again."""
-    client: str = ""
+    client: Name = ""
 
 
 class Put(ClientRequest, tag="put", kw_only=True):
@@ -214,12 +227,12 @@ class Ping(Request, tag="ping", kw_only=True):
 
 class AddPeer(Request, tag="add_peer", kw_only=True):
     name: ClassVar[str] = "add_peer"
-    address: str
+    address: Name
 
 
 class RemovePeer(Request, tag="remove_peer", kw_only=True):
     name: ClassVar[str] = "remove_peer"
-    address: str
+    address: Name
 
 
 # --- requests of members --------------------------------------------------------------------------------------
@@ -229,9 +242,9 @@ class Hello(Request, tag="hello", kw_only=True):
     """The first message of every link between members (DESIGN 5, rule 9)."""
 
     name: ClassVar[str] = "hello"
-    cluster: str
-    node: str
-    address: str
+    cluster: Name
+    node: Name
+    address: Name
     protocol: Count = PROTOCOL_VERSION
     link: bool = True
     """This is the member's one link, in place of an older one; false for a single request from another thread."""
@@ -240,7 +253,7 @@ class Hello(Request, tag="hello", kw_only=True):
 class Staged(Struct, kw_only=True):
     """Who asks for a vote, and its newest log entry, staged or committed."""
 
-    address: str
+    address: Name
     term: Count
     commit_id: Count
 
@@ -261,7 +274,7 @@ class VoteRequest(Request, tag="vote_request", kw_only=True):
 class Heartbeat(Request, tag="heartbeat", kw_only=True):
     name: ClassVar[str] = "heartbeat"
     term: Count
-    leader: str
+    leader: Name
     commit_id: Count
     round: Count = 0
     """The leader's read round (rule 7): an answer with this number came after the round began."""
@@ -273,7 +286,7 @@ class Data(Request, tag="data", kw_only=True):
     name: ClassVar[str] = "data"
     action: Literal["log", "commit"]
     term: Count
-    leader: str
+    leader: Name
     previous: EntryId
     entries: list[Entry] = []
     commit_id: Count = 0
@@ -385,7 +398,7 @@ class HeartbeatAnswer(Answer, tag="heartbeat", kw_only=True):
     round: Count = 0
 
 
-Reason: TypeAlias = Literal["", "gap", "stale_term", "checksum", "storage_full"]
+Reason: TypeAlias = Literal["", "gap", "stale_term", "two_leaders", "checksum", "unknown_command", "storage_full"]
 
 
 class DataAnswer(Answer, tag="data", kw_only=True):
@@ -541,10 +554,12 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
         return f"not UTF-8: byte 0x{error.object[error.start]:02x} in a string"
     text = str(error)
-    if text == "Number out of range":
+    if text.startswith("Number out of range"):
         return "a number is out of the range of a double (about 1.8e308)"
     if isinstance(error, msgspec.ValidationError):
         return text
+    if text == "Input data was truncated":
+        return "not JSON: it ends too early, or an escape of a surrogate (\\ud800 to \\udfff) lacks its other half"
     return f"not JSON: {text.removeprefix('JSON is malformed: ')}"
 
 

@@ -127,7 +127,7 @@ class RaftNode(Transport):
 
     def close(self) -> None:
         """Stop cleanly and wait for the end; a node that was never started only closes its store."""
-        self.stop()
+        super().close()
         if self._thread is None:
             if not self.is_serving:
                 self.store.close()

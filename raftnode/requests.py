@@ -277,7 +277,9 @@ class Requests:
         """The leader's answer, for the client. What surely was not executed is tried again while there is time."""
         if self._forwarded.pop(arrival, None) is None:
             return  # its time was up
-        if answer.error is not UNSET and answer.error.code in ("no_leader", "shutting_down"):
+        if isinstance(arrival.message, Get) and arrival.origin.is_full:
+            arrival.origin.defer(arrival)
+        elif answer.error is not UNSET and answer.error.code in ("no_leader", "shutting_down"):
             self._park(arrival)
         elif isinstance(answer, Refusal):
             assert answer.error is not UNSET
@@ -347,9 +349,13 @@ class Requests:
         return self._stopping_since is not None
 
     def _end_grace(self) -> None:
-        """Time to finish is over: what is still under way is open."""
-        if self._stopping_since is None or self._now - self._stopping_since < self._settings.stop_grace_ms / 1000:
-            return
+        """Time to finish is over."""
+        since, grace = self._stopping_since, self._settings.stop_grace_ms / 1000
+        if since is not None and self._now - since >= grace:
+            self.end()
+
+    def end(self) -> None:
+        """Answer everyone who still waits: what is under way is open."""
         for arrival in self._waiting.values():
             arrival.refuse("not_committed", f"this node stops; {OPEN}")
         for arrival in self._forwarded:

@@ -29,6 +29,7 @@ from raftnode.messages import ClientRequest, Hello, PeerRequest, decode_object, 
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
+_SURPLUS = 64
 
 
 class Driver(Protocol):
@@ -44,6 +45,10 @@ class Driver(Protocol):
 
     @property
     def is_idle(self) -> bool: ...
+
+    def end(self) -> None:
+        """There are no more turns: whoever still waits is told."""
+        ...
 
 
 class Transport:
@@ -63,6 +68,8 @@ class Transport:
         self.settings = Settings()
         self.log = logging.getLogger("raftnode.transport")
         self.unflushed: set[Wire] = set()
+        self.in_flight_bytes = 0
+        """Size of the requests that are not answered yet."""
         self.now = time.monotonic
         self._identity: tuple[str, str] | None = None
         self._driver: Driver | None = None
@@ -73,6 +80,7 @@ class Transport:
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._callers: dict[str, Caller] = {}
         self._turn_due = False
+        self._flush_due = False
         self._timer: asyncio.TimerHandle | None = None
         self._stopped: asyncio.Event | None = None
         self._failure: BaseException | None = None
@@ -136,6 +144,8 @@ class Transport:
             self._serving.clear()
             server.close()
             sweeper.cancel()
+            if self._driver is not None:
+                self._driver.end()
             await self._close_all()
             self._loop = None
 
@@ -165,6 +175,16 @@ class Transport:
             with contextlib.suppress(RuntimeError):  # the loop has ended in this moment
                 loop.call_soon_threadsafe(self._begin_stop)
 
+    def close_callers(self) -> None:
+        """Close the blocking connections; the next request opens a new one."""
+        for caller in self._callers.values():
+            caller.close()
+
+    def close(self) -> None:
+        """Stop, and close the blocking connections."""
+        self.stop()
+        self.close_callers()
+
     def _begin_stop(self) -> None:
         if self._driver is None:
             self._end(None)
@@ -193,8 +213,7 @@ class Transport:
             await asyncio.sleep(0.01)
         for wire in wires:
             wire.cut()
-        for caller in self._callers.values():
-            caller.close()
+        self.close_callers()
 
     # --- turns ---
 
@@ -208,7 +227,7 @@ class Transport:
         for letter in letters:
             assert isinstance(letter, Arrival), "only requests can be refused"
             letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
-        self.flush()
+        self.flush_soon()
 
     def wake(self) -> None:
         """See that a turn follows soon. From any thread."""
@@ -232,11 +251,10 @@ class Transport:
     def _turn(self) -> None:
         """One turn of the driver; whatever it raises ends the node, as its state can't be trusted any more."""
         self._turn_due = False
+        if self._stopped is None or self._stopped.is_set():
+            return
         assert self._driver is not None
         assert self._loop is not None
-        assert self._stopped is not None
-        if self._stopped.is_set():
-            return
         try:
             due = self._driver.cycle()
         except BaseException as failure:
@@ -254,8 +272,15 @@ class Transport:
         self._timer = None
         self._schedule()
 
+    def flush_soon(self) -> None:
+        """Write what has collected when the loop comes round: for answers that no turn gives."""
+        if not self._flush_due and self._loop is not None:
+            self._flush_due = True
+            self._loop.call_soon(self.flush)
+
     def flush(self) -> None:
         """Write every batch that has collected."""
+        self._flush_due = False
         while self.unflushed:
             self.unflushed.pop().flush()
 
@@ -265,7 +290,9 @@ class Transport:
             await asyncio.sleep(_SWEEP_S)
             now = self.now()
             for connection in list(self._connections):
-                if self._is_overdue(connection, now):
+                if connection.is_surplus:
+                    connection.refuse_surplus()
+                elif self._is_overdue(connection, now):
                     connection.cut()
             for link in list(self.links.values()):
                 oldest = link.oldest_wait()
@@ -281,23 +308,33 @@ class Transport:
 
     # --- connections and links ---
 
-    def admit_connection(self, connection: Connection) -> bool:
-        """Take a new connection; False when there are as many as the limit allows."""
-        if len(self._connections) >= self.settings.connections:
-            return False
+    def admit_connection(self, connection: Connection) -> None:
+        """Take a new connection. A few more than the limit may stay for as long as they may turn out to be members."""
+        clients = sum(1 for other in self._connections if other.peer is None) if self._is_crowded else 0
+        connection.is_surplus = clients >= self.settings.connections
         self._connections.add(connection)
-        return True
+        if clients >= self.settings.connections + _SURPLUS:
+            connection.refuse_surplus()
+
+    @property
+    def _is_crowded(self) -> bool:
+        return len(self._connections) >= self.settings.connections
+
+    def has_memory_for(self, size: int) -> bool:
+        """True when a request of so many bytes may be taken, beside those that are under way."""
+        return self.in_flight_bytes + size <= self.settings.in_flight_bytes
 
     def forget_connection(self, connection: Connection) -> None:
         """A connection has ended."""
         self._connections.discard(connection)
-        if connection.peer is not None and not any(c.peer == connection.peer for c in self._connections):
+        if connection.is_link and not any(c.is_link and c.peer == connection.peer for c in self._connections):
+            assert connection.peer is not None, "a link is a member's"
             self.deliver([Cut(connection.peer, [])], limited=False)
 
     def replace_connection(self, connection: Connection, peer: str) -> None:
         """A member has opened a new link: an older one of its is closed first (FACTS 1.36)."""
         for other in list(self._connections):
-            if other.peer == peer and other is not connection:
+            if other.peer == peer and other.is_link and other is not connection:
                 other.cut()
 
     def _keep_links(self) -> None:

@@ -19,7 +19,7 @@ from typing import Protocol
 from msgspec import Raw, Struct
 
 from raftnode.consensus.membership import Membership
-from raftnode.messages import Entry, EntryId, MembersCommand, chain, decode_command
+from raftnode.messages import Entry, EntryId, MembersCommand, chain, check_command, decode_command
 
 _MEMBERS = b'{"kind":"members"'
 """How the command of a membership entry begins: `encode_command` always writes the kind first."""
@@ -157,7 +157,7 @@ class Journal:
 
         Entries that this log already holds are left alone, and so is what follows them; where the terms of one
         position differ, this log is cut from there. What is below the base counts as held: it is committed.
-        Nothing has changed when Gap or HistoryDiffers is raised.
+        Nothing has changed when Gap, HistoryDiffers or ProtocolError (a command that is none) is raised.
         """
         match = entries[-1].commit_id if entries else previous.commit_id
         self._check_order(previous, entries)
@@ -167,8 +167,11 @@ class Journal:
         if not fresh:
             return match
         first = fresh[0].commit_id
-        assert first > committed, f"a committed entry is never cut: {first} is at or below {committed}"
+        if first <= committed:
+            raise HistoryDiffers(f"entry {first} of term {fresh[0].term} would take the place of a committed one")
         self._check_chain(self._checksum_at(first - 1), fresh)
+        for entry in fresh:
+            check_command(entry.command)
         if first <= self.last.id.commit_id:
             self._cut(first)
         self._extend(fresh)

@@ -67,16 +67,23 @@ class Progress:
 
     def lost(self) -> None:
         """What is under way may never be answered: find out again where the member stands."""
-        self._probe_from(self.match + 1)
+        self._probe_from(self._first_unanswered)
 
     def hold_back(self) -> None:
         """The member can't take entries now, and asking again at once would not help: wait for the next heartbeat."""
-        self._probe_from(self.match + 1)
+        self._probe_from(self._first_unanswered)
         self._held_back = True
 
     def release(self) -> None:
         """A heartbeat later: ask again."""
         self._held_back = False
+
+    @property
+    def _first_unanswered(self) -> int:
+        """Where to begin again. While probing `match` says nothing yet: stay where the probe was."""
+        if not self.probing:
+            return self.match + 1
+        return max(self.match, self._asked) + 1 if self.unanswered else self.next
 
     def _probe_from(self, next: int) -> None:
         self.unanswered.clear()

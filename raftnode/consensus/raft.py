@@ -19,6 +19,7 @@ from raftnode.consensus.journal import Gap, HistoryDiffers, Journal
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.progress import Progress
 from raftnode.consensus.reads import ReadRounds
+from raftnode.errors import ProtocolError
 from raftnode.messages import (
     GENESIS,
     Data,
@@ -352,7 +353,7 @@ class Raft:
     def _on_data(self, ticket: Ticket, message: Data) -> None:
         """Stage the leader's entries (thesis 3.5); the answer promises that they are on disk."""
         if not self._follow(message.term, message.leader):
-            self._refuse(ticket, message, "stale_term")
+            self._refuse(ticket, message, "stale_term" if message.term < self.term else "two_leaders")
             return
         try:
             match = self.journal.accept(message.previous, message.entries, self.commit_id)
@@ -362,6 +363,10 @@ class Raft:
         except HistoryDiffers as difference:
             self.complaint = str(difference)
             self._refuse(ticket, message, "checksum")
+            return
+        except ProtocolError as error:
+            self.complaint = str(error)
+            self._refuse(ticket, message, "unknown_command")
             return
         self.complaint = ""
         self._matched = max(self._matched, match)
@@ -394,10 +399,11 @@ class Raft:
         """True when the message comes from the leader of this node's term, after a term change if need be."""
         if term < self.term:
             return False
+        if term == self.term and self.leader not in (None, leader):
+            self.complaint = f"two leaders in term {term}: {self.leader} and {leader}"  # Raft's first promise is broken
+            return False
         if term > self.term or self.role is not Role.FOLLOWER or self.leader is None:
-            assert not (term == self.term and self.is_leader), f"two leaders in term {term}: {self.me} and {leader}"
             self._become_follower(term, leader)
-        assert self.leader == leader, f"two leaders in term {term}: {self.leader} and {leader}"
         self._heard_leader_at = self._now
         self._arm_election()
         return True

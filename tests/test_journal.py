@@ -239,10 +239,10 @@ def test_suffix_is_cut_only_where_terms_differ() -> None:
 
 
 def test_committed_entry_is_never_cut() -> None:
-    """Not even by a leader: that would be a defect, and nothing has changed when it is found. (Thesis 3.6; FACTS
-    1.9.)"""
+    """Not even by a leader: that would be a defect or damage, and nothing has changed when it is found. (Thesis 3.6;
+    FACTS 1.9.)"""
     journal = started(1, 1, 1)
-    with pytest.raises(AssertionError, match="a committed entry is never cut"):
+    with pytest.raises(HistoryDiffers, match="the place of a committed one"):
         journal.accept(EntryId(1, 1), history(1, 2)[1:], 2)
     assert terms_of(journal) == [1, 1, 1]
     assert journal.accept(EntryId(1, 2), history(1, 1, 2)[2:], 2) == 3

@@ -112,6 +112,24 @@ def test_lost_messages_are_sent_again_from_match() -> None:
     assert progress.may_send(last=9, window=1), "even with nothing new"
 
 
+def test_lost_probe_is_repeated_where_it_was() -> None:
+    """While probing, `match` says nothing yet: to begin behind it would be to send the whole log. However often the
+    probe is lost or held back, it stays at its place, and goes on from the place of a hint. (FACTS 1.12, 1.38.)"""
+    progress = probing(100)
+    for again in (progress.lost, progress.hold_back, progress.lost):
+        again()
+        assert progress.next == 100, "nothing was under way"
+        progress.sent(120, 0.0)
+        again()
+        assert (progress.next, progress.probing) == (100, True)
+        progress.release()
+    progress.sent(120, 0.0)
+    progress.refused(40)
+    progress.sent(70, 0.0)
+    progress.lost()
+    assert progress.next == 41
+
+
 def test_member_that_takes_nothing_is_left_alone_until_it_is_released() -> None:
     """Its disk is full: asking again at once would keep both busy. A heartbeat later it is asked again, and its first
     acknowledgement ends it all. (DESIGN 6.)"""

@@ -18,6 +18,7 @@ from raftnode.messages import (
     Heartbeat,
     HeartbeatAnswer,
     Noop,
+    chain,
     decode_command,
 )
 from raftnode.testing.network import CrashPoint, Envelope, Network, history, put
@@ -345,14 +346,16 @@ def test_equal_entries_cut_nothing() -> None:
 
 
 def test_committed_entry_is_never_cut() -> None:
-    """A message that would replace a committed entry can only come from a defect: the member stops rather than obey.
-    (Thesis 3.6; FACTS 1.9.)"""
+    """A message that would replace a committed entry can only come from a defect or from damage: the member does not
+    obey, and says why. (Thesis 3.6; FACTS 1.9.)"""
     network = Network(3)
     network.give_log("1", 1, 1)
     ask(network, "2", data(1, GENESIS, *history(1, 1), commit_id=2))
     assert network["2"].raft.commit_id == 2
-    with pytest.raises(AssertionError, match="a committed entry is never cut"):
-        ask(network, "2", data(2, EntryId(1, 1), history(1, 2)[1]))
+    answer = ask(network, "2", data(2, EntryId(1, 1), history(1, 2)[1]))
+    assert not answer.data
+    assert network["2"].log == [EntryId(1, 1), EntryId(1, 2)]
+    assert "committed" in network["2"].raft.complaint
 
 
 def test_follower_commits_no_further_than_the_message_has_checked() -> None:
@@ -434,6 +437,17 @@ def test_what_matched_with_one_leader_says_nothing_of_the_next() -> None:
     assert network["2"].raft.commit_id == 0, "nor of the same one in a later term"
 
 
+def test_two_leaders_of_one_term_are_not_both_followed() -> None:
+    """It can't happen; should it, through a disk that was put back from a copy, say, the member stays with the one that
+    it follows, and tells the other. (Thesis 3.4; FACTS 1.34.)"""
+    network = Network(3)
+    ask(network, "2", data(1, GENESIS, *history(1)))
+    answer = ask(network, "2", data(1, EntryId(1, 1), history(1, 1)[1], leader="3"))
+    assert (answer.data, answer.reason) == (False, "two_leaders")
+    assert network["2"].raft.leader == "1"
+    assert network["2"].log == [EntryId(1, 1)]
+
+
 def test_entries_of_another_history_are_refused_and_told() -> None:
     """Terms fit, but checksums say that the two logs differ: one of them is damaged. Nothing is staged, the leader is
     told why, and does not ask again before its next heartbeat. (DESIGN 6; FACTS 1.37.)"""
@@ -462,6 +476,18 @@ def test_entries_of_another_history_are_refused_and_told() -> None:
     network.run(SETTLED)
     assert not raft.complaint
     assert network["2"].keys == ["colour"], "the message was damaged, not the log: the next one is taken"
+
+
+@pytest.mark.parametrize("command", [b'{"kind":"fly"}', b'{"kind":"put","namespace":"n","key":"","value":1}', b"7"])
+def test_command_that_cannot_be_applied_is_not_staged(command: bytes) -> None:
+    """An entry that this version does not understand, or could not apply, must not be acknowledged: it would count as a
+    copy on a node that stops when it commits. Nothing is staged, and the leader is told why. (FACTS 1.26.)"""
+    network = Network(3)
+    checksum = chain(0, 1, 1, 0, command)
+    answer = ask(network, "2", data(1, GENESIS, Entry(1, 1, 0, checksum, msgspec.Raw(command))))
+    assert (answer.data, answer.reason) == (False, "unknown_command")
+    assert network["2"].log == []
+    assert network["2"].raft.complaint
 
 
 def test_message_whose_entries_do_not_follow_each_other_is_not_taken() -> None:

@@ -64,8 +64,8 @@ class LineConnection:
         """True when the other end has closed, or sent what nobody asked for: do not use it for another request."""
         if self._rest:
             return True
-        self._socket.setblocking(False)
         try:
+            self._socket.setblocking(False)
             return self._socket.recv(1, socket.MSG_PEEK) is not None
         except BlockingIOError:
             return False
@@ -98,7 +98,7 @@ class Caller:
             connection = self._connection or self._open()
             try:
                 return decode_object(connection.request(line, self._timeout))
-            except (OSError, ProtocolError):
+            except BaseException:
                 self._close()
                 raise
 

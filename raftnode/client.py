@@ -131,15 +131,18 @@ class Client:
             raise Unavailable("no_leader", f"no connection to {error}; is a node running there?") from error
         try:
             answer = decode_object(connection.request(line, left))
+            _check_answer(kind, answer)
         except (OSError, ProtocolError) as error:
             self._drop()
+            lost = f"the answer of {connection.address} was lost ({error})"
             if kind in _WRITES:
-                raise NotCommitted(
-                    "not_committed", f"the answer of {connection.address} was lost ({error}); read before you repeat it"
-                ) from error
-            raise Unavailable("no_leader", f"the answer of {connection.address} was lost ({error})") from error
-        if detail := answer.get("error"):
-            raise error_for(detail["code"], detail["message"])
+                raise NotCommitted("not_committed", f"{lost}; read before you repeat it") from error
+            raise Unavailable("no_leader", lost) from error
+        except RequestError:
+            raise
+        except BaseException:
+            self._drop()  # interrupted: an answer may still come
+            raise
         return answer
 
     def _connect(self, timeout: float) -> LineConnection:
@@ -158,3 +161,19 @@ class Client:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+
+def _check_answer(kind: str, answer: dict[str, Any]) -> None:
+    """Raise the typed error of a failure, ProtocolError for what is no answer to such a request."""
+    detail = answer.get("error")
+    if isinstance(detail, dict) and isinstance(detail.get("code"), str):
+        raise error_for(detail["code"], str(detail.get("message", "")))
+    data = answer.get("data")
+    if kind == "get":
+        is_answer = isinstance(data, dict) and "value" in data and isinstance(data.get("version"), int)
+    elif kind == "status":
+        is_answer = isinstance(data, dict)
+    else:
+        is_answer = data is True
+    if answer.get("type") != kind or not is_answer:
+        raise ProtocolError("bad_request", f"that is no answer to a {kind}")

@@ -11,6 +11,7 @@ import re
 from typing import Final
 
 _IN_STRING = re.compile(rb'(?:[^"\\]|\\.)*+', re.DOTALL)
+_BLANKS = re.compile(rb"\s*+")
 _OUTSIDE = re.compile(rb'[^"{}]*+')
 _QUOTE, _OPEN = b'"{'
 
@@ -24,12 +25,12 @@ Frame = bytes | TooLong
 
 
 class _Scanner:
-    """Finds the end of the object that a buffer begins with. It goes on where it stopped, so each byte is read once."""
+    """Finds the end of the object that begins at a position. It goes on where it stopped, so each byte is read once."""
 
     __slots__ = ("_at", "_depth", "_in_string")
 
-    def __init__(self) -> None:
-        self._at = 0
+    def __init__(self, start: int) -> None:
+        self._at = start
         self._depth = 0
         self._in_string = False
 
@@ -54,22 +55,32 @@ class _Scanner:
                     return self._at
         return None
 
+    def move(self, by: int) -> None:
+        """So many bytes were taken from the front of the buffer."""
+        self._at -= by
+
 
 def split_line(line: bytes) -> list[bytes]:
     """The messages in one line: each whole object at its beginning, and what is left, if it is not blank."""
-    parts, rest = _take_objects(line)
-    rest = rest.rstrip()
+    parts, start = _take_objects(line)
+    rest = line[start:].rstrip()
     return [*parts, rest] if rest else parts
 
 
-def _take_objects(line: bytes) -> tuple[list[bytes], bytes]:
-    """The whole objects at the beginning of a line, and what follows them, without blanks in front."""
+def _take_objects(line: bytes) -> tuple[list[bytes], int]:
+    """The whole objects at the beginning of a line, and where what follows them begins, after blanks."""
     parts = []
-    line = line.lstrip()
-    while line.startswith(b"{") and (end := _Scanner().end(line)) is not None:
-        parts.append(line[:end])
-        line = line[end:].lstrip()
-    return parts, line
+    start = _after_blanks(line, 0)
+    while line[start : start + 1] == b"{" and (end := _Scanner(start).end(line)) is not None:
+        parts.append(line[start:end])
+        start = _after_blanks(line, end)
+    return parts, start
+
+
+def _after_blanks(buffer: bytes | bytearray, start: int) -> int:
+    found = _BLANKS.match(buffer, start)
+    assert found is not None, "the pattern matches the empty string"
+    return found.end()
 
 
 class Framer:
@@ -85,7 +96,7 @@ class Framer:
         """True between members, which always send the newline: no search for bare objects."""
         self.pending = bytearray()
         self._skipping = False
-        self._scanner = _Scanner()
+        self._scanner: _Scanner | None = None  # at work on the object that `pending` begins with
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that these bytes complete, in order. A frame may be any bytes: it is for the codec to judge."""
@@ -125,7 +136,8 @@ class Framer:
 
     def _end_long_line(self, line: bytes, frames: list[Frame]) -> None:
         """A line over the limit may begin with messages that are not; after the first that is, nothing is taken."""
-        parts, rest = _take_objects(line)
+        parts, start = _take_objects(line)
+        rest = line[start:]
         for part in parts:
             if len(part) > self.limit:
                 frames.append(TOO_LONG)
@@ -137,23 +149,26 @@ class Framer:
             frames.append(rest)
 
     def _take_bare(self, frames: list[Frame]) -> None:
+        """Take the whole objects that `pending` begins with, and the blanks in front."""
+        start = 0
         while True:
-            blank = len(self.pending) - len(self.pending.lstrip())
-            if blank:
-                del self.pending[:blank]
-                self._scanner = _Scanner()
-            if not self.pending.startswith(b"{"):
-                return
+            if self._scanner is None:
+                start = _after_blanks(self.pending, start)
+                if self.pending[start : start + 1] != b"{":
+                    break
+                self._scanner = _Scanner(start)
             end = self._scanner.end(self.pending)
             if end is None:
-                return
-            part = bytes(self.pending[:end])
-            del self.pending[:end]
-            self._scanner = _Scanner()
-            if len(part) > self.limit:
+                break
+            self._scanner = None
+            if end - start > self.limit:
                 self._skip(frames)
                 return
-            frames.append(part)
+            frames.append(bytes(self.pending[start:end]))
+            start = end
+        del self.pending[:start]
+        if self._scanner is not None:
+            self._scanner.move(start)
 
     def _check_pending(self, frames: list[Frame]) -> None:
         if len(self.pending) > self.limit and not self.lines_only:
@@ -168,4 +183,4 @@ class Framer:
 
     def _clear(self) -> None:
         self.pending = bytearray()
-        self._scanner = _Scanner()
+        self._scanner = None

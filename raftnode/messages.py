@@ -657,6 +657,8 @@ def encode_object(message: dict[str, Any]) -> bytes:
     try:
         line = _encode(message) + b"\n"
         _refuse_what_is_not_json(message)
+        if b"\n" in line[:-1]:
+            raise ValueError("a raw value has to be one line")
     except (TypeError, ValueError, RecursionError) as error:
         raise ProtocolError("bad_request", f"can't be written as JSON: {error}") from error
     return line
@@ -669,6 +671,8 @@ def _refuse_what_is_not_json(message: object) -> None:
             raise ValueError(f"{part} is no JSON number")
         if not isinstance(part, dict | list | tuple | str | int | float | Raw | Struct | None):
             raise TypeError(f"{type(part).__name__} is no JSON type")
+        if isinstance(part, dict) and not all(isinstance(key, str) for key in part):
+            raise TypeError("the keys of an object are strings")
 
 
 def data_object(data: Data) -> dict[str, Any]:

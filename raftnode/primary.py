@@ -76,24 +76,38 @@ def put(store: Store, term: int, payload: dict[str, Any], transport: PrimaryTran
 
 
 def feed(store: Store, peer: str, message: dict[str, Any], transport: PrimaryTransport) -> bool:
-    """Send, and on a refusal go back to where the logs part, as a leader does. True once the peer confirms."""
+    """Send, and on a refusal go back to where the logs part, as a leader does. True once the peer confirms. Every
+    answer must bring it nearer, so whatever the peer says, this ends."""
     wanted = _data_of(message)
     target = wanted.entries[-1].commit_id if wanted.entries else wanted.previous.commit_id
+    start, sent = wanted.previous.commit_id, target
+    goes_back = True
     while (reply := transport.send_data(peer, message)) is not None:
         answer = _answer_of(reply)
         if answer is None or answer.term != wanted.term:
             return False
-        if answer.data and answer.match >= target:
-            return True
-        if not answer.data and answer.reason != "gap":
-            return False
-        found = answer.match if answer.data else store.journal.find(answer.last, at_least=answer.commit_id)
-        if not answer.data and found >= answer.asked:
-            return False  # its hint leads nowhere: its log is not one of ours
-        entries = store.journal.entries(found + 1, target, store.settings.batch_bytes)
-        part = msgspec.structs.replace(wanted, previous=store.journal.id_at(found), entries=entries, action="log")
+        if answer.data:
+            if answer.match >= target:
+                return True
+            if answer.match != sent or sent == start:
+                return False
+            start, goes_back = sent, False
+        else:
+            found = store.journal.find(answer.last, at_least=answer.commit_id)
+            if answer.reason != "gap" or not goes_back or found >= start:
+                return False
+            start = found
+        part = _part(store, wanted, start, target)
+        sent = part.entries[-1].commit_id
         message = data_object(part)
     return False
+
+
+def _part(store: Store, wanted: Data, start: int, target: int) -> Data:
+    """As much of what follows `start`, up to `target`, as goes into one message."""
+    last = min(target, start + store.settings.batch_entries)
+    entries = store.journal.entries(start + 1, last, store.settings.batch_bytes)
+    return msgspec.structs.replace(wanted, previous=store.journal.id_at(start), entries=entries, action="log")
 
 
 def commit(store: Store, namespace: str, delete: bool, commit_id: int | None, key: str | None) -> int:
@@ -111,6 +125,7 @@ def commit(store: Store, namespace: str, delete: bool, commit_id: int | None, ke
     while store.commit_id < upto:
         store.apply(store.journal.entries(store.commit_id + 1, upto, store.settings.batch_bytes))
     store.write()
+    _forget(store)
     return store.commit_id
 
 
@@ -127,8 +142,14 @@ def follow(store: Store, message: dict[str, Any]) -> dict[str, Any]:
     while follower.applied < follower.commit_id:
         store.apply(follower.ready().committed)
     store.write(ready.ballot)
+    _forget(store)
     _, answer = (*ready.answers, *ready.promises)[0]
     return decode_object(encode(answer))
+
+
+def _forget(store: Store) -> None:
+    """Keep the part of the log that is in memory within its limits."""
+    store.journal.forget(store.commit_id, store.settings.kept_entries, store.settings.kept_bytes)
 
 
 def _command_of(payload: dict[str, Any], settings: Settings) -> PutCommand | DeleteCommand:

@@ -712,11 +712,16 @@ def test_acknowledgement_of_an_earlier_term_does_not_count() -> None:
     assert network["1"].keys == []
 
 
-def test_acknowledgement_of_what_was_never_sent_is_a_defect() -> None:
-    """A follower can't hold more of this leader's log than there is. (FACTS 1.8.)"""
+def test_acknowledgement_of_what_was_never_sent_counts_for_nothing() -> None:
+    """A follower can't hold more of this leader's log than there is: who says so is not believed, and the leader goes on
+    and says why. (FACTS 1.8.)"""
     network = led_by_1()
-    with pytest.raises(AssertionError, match="matches what was never sent"):
-        network["1"].raft.take("2", DataAnswer(data=True, term=1, match=99))
+    raft = network["1"].raft
+    match = raft.progress["2"].match
+    network.turn("1", lambda raft: raft.take("2", DataAnswer(data=True, term=1, match=99)))
+    assert raft.is_leader
+    assert raft.progress["2"].match == match
+    assert "never sent" in raft.complaint
 
 
 # --- flow ------------------------------------------------------------------------------------------------------------

@@ -186,8 +186,7 @@ class Journal:
                 continue
             if self.term_at(entry.commit_id) != entry.term:
                 return entries[n:]
-            own = self._kept.get(entry.commit_id)
-            if own is not None and own.checksum != entry.checksum:
+            if self._checksum_at(entry.commit_id) != entry.checksum:
                 raise HistoryDiffers(f"entry {entry.commit_id} of term {entry.term} is another one here")
         return ()
 
@@ -203,7 +202,9 @@ class Journal:
         return self.id_at(max(position, self.base.id.commit_id))
 
     def find(self, hint: EntryId, at_least: int) -> int:
-        """A leader's use of a hint: the newest own position at or before it whose term is not higher."""
+        """A leader's use of a hint: the newest own position at or before it whose term is not higher, and not below
+        `at_least`, which is known to match."""
+        at_least = min(max(at_least, self.base.id.commit_id), self.last.id.commit_id)
         position = min(hint.commit_id, self.last.id.commit_id)
         while position > at_least and self.id_at(position).term > hint.term:
             position -= 1

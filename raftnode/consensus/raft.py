@@ -454,8 +454,9 @@ class Raft:
         if progress is None:
             return
         progress.heard_at = self._now
-        if answer.data:
-            assert answer.match <= self.journal.last.id.commit_id, f"{peer} matches what was never sent"
+        if answer.data and answer.match > self.journal.last.id.commit_id:
+            self.complaint = f"{peer} says that it holds {answer.match}, which was never sent"
+        elif answer.data:
             progress.acknowledged(answer.match)
             self.complaint = ""
             self._count_copies()

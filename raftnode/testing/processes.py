@@ -287,15 +287,17 @@ class NodeProcess:
         is left out. Raises a RequestError for an answer that is an error, and OSError when there is none."""
         found: dict[str, Any] = {}
         common = {"type": "get", "namespace": namespace, "consistency": consistency}
-        with socket.create_connection(parse_address(self.address), PATIENCE_S) as connection:
-            with connection.makefile("rwb") as stream:
-                for part in _parts(keys, _OVERLAPPING):
-                    stream.write(b"".join(encode_object({**common, "key": key, "id": key}) for key in part))
-                    stream.flush()
-                    for _ in part:
-                        record = _answered(stream.readline(), self.address)
-                        if record["version"]:
-                            found[record["key"]] = record["value"]
+        with (
+            socket.create_connection(parse_address(self.address), PATIENCE_S) as connection,
+            connection.makefile("rwb") as stream,
+        ):
+            for part in _parts(keys, _OVERLAPPING):
+                stream.write(b"".join(encode_object({**common, "key": key, "id": key}) for key in part))
+                stream.flush()
+                for _ in part:
+                    record = _answered(stream.readline(), self.address)
+                    if record["version"]:
+                        found[record["key"]] = record["value"]
         return found
 
     def await_answer(self, timeout: float = PATIENCE_S) -> dict[str, Any]:

@@ -356,6 +356,6 @@ class Link(Wire):
             self.owner.live.discard(self.peer)
         forwarded = [arrival for _, arrival in self._waiting.values() if arrival is not None]
         self._waiting.clear()
-        self.owner.deliver([Cut(self.peer, forwarded)], limited=False)
+        self.owner.deliver([Cut(self.peer, self, forwarded)], limited=False)
         if not self.ended.done():
             self.ended.set_result(None)

@@ -252,6 +252,7 @@ class Election:
             case Greeting():
                 self.handshake.on_greeting(letter)
             case Cut():
+                self.handshake.on_cut(letter)
                 self.raft.unreachable(letter.peer)
                 self.raft.suspect(letter.peer)
                 self.requests.cut_off(letter.forwarded)

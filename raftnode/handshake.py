@@ -14,7 +14,7 @@ from msgspec import UNSET
 
 from raftnode.connections import Connection
 from raftnode.consensus.raft import Raft
-from raftnode.mailbox import Arrival, Greeting
+from raftnode.mailbox import Arrival, Cut, Greeting, LinkEnd
 from raftnode.messages import PROTOCOL_VERSION, Hello, HelloAnswer, VoteRequest
 from raftnode.store import Store
 from raftnode.transport import Transport
@@ -32,6 +32,7 @@ class Handshake:
         self._refusals: dict[str, str] = {}  # by member: what was said last
         self._strangers = 0
         self._welcomes: list[Callable[[], None]] = []
+        self._links: dict[str, LinkEnd] = {}  # ours, by member, that were admitted
 
     @property
     def needs_write(self) -> bool:
@@ -82,10 +83,17 @@ class Handshake:
         def admit() -> None:
             self._refusals.pop(peer, None)
             link.admit()
+            self._links[peer] = link
             self._raft.unreachable(peer)  # what was posted while there was no link is lost
             self._log.info("peer_connected", peer=peer)
 
         self._once_bound(peer, answer.node, admit)
+
+    def on_cut(self, cut: Cut) -> None:
+        """A connection to or from a member has ended."""
+        if cut.link is not None and self._links.get(cut.peer) is cut.link:
+            del self._links[cut.peer]
+            self._log.info("peer_lost", peer=cut.peer)
 
     def is_from_member(self, arrival: Arrival) -> bool:
         """Members say hello before anything else, and speak only for themselves."""

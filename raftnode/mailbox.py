@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from raftnode.messages import Answer, AnyAnswer, AnyRequest, HelloAnswer, Id, failure
@@ -96,10 +96,13 @@ class Greeting:
 
 @dataclass(slots=True)
 class Cut:
-    """A connection to or from a member has ended; these forwarded requests were under way on it."""
+    """A connection to or from a member has ended."""
 
     peer: str
-    forwarded: list[Arrival]
+    link: LinkEnd | None = None
+    """The link, when it was ours."""
+    forwarded: list[Arrival] = field(default_factory=list)
+    """Requests of clients that were under way on it."""
 
 
 @dataclass(slots=True)

@@ -329,7 +329,7 @@ class Transport:
         self._connections.discard(connection)
         if connection.is_link and not any(c.is_link and c.peer == connection.peer for c in self._connections):
             assert connection.peer is not None, "a link is a member's"
-            self.deliver([Cut(connection.peer, [])], limited=False)
+            self.deliver([Cut(connection.peer)], limited=False)
 
     def replace_connection(self, connection: Connection, peer: str) -> None:
         """A member has opened a new link: an older one of its is closed first (FACTS 1.36)."""

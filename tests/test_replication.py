@@ -713,8 +713,8 @@ def test_acknowledgement_of_an_earlier_term_does_not_count() -> None:
 
 
 def test_acknowledgement_of_what_was_never_sent_counts_for_nothing() -> None:
-    """A follower can't hold more of this leader's log than there is: who says so is not believed, and the leader goes on
-    and says why. (FACTS 1.8.)"""
+    """A follower can't hold more of this leader's log than there is: who says so is not believed, and the leader goes
+    on and says why. (FACTS 1.8.)"""
     network = led_by_1()
     raft = network["1"].raft
     match = raft.progress["2"].match

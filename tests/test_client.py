@@ -455,12 +455,18 @@ def test_a_write_that_is_refused_and_then_lost_is_sent_to_each_once(node: Nodes,
 @pytest.mark.parametrize(
     "answer",
     [
-        {}, {"type": "put"}, {"type": "put", "data": False}, {"type": "put", "data": None},
-        {"type": "get", "data": True}, {"type": "put", "data": False, "error": {}},
-        {"type": "put", "data": False, "error": "no"}, {"type": "put", "data": False, "error": {"code": 5, "message": None}}, {"type": "put", "data": "true"},
+        {},
+        {"type": "put"},
+        {"type": "put", "data": False},
+        {"type": "put", "data": None},
+        {"type": "put", "data": "true"},
+        {"type": "get", "data": True},
+        {"type": "put", "data": False, "error": {}},
+        {"type": "put", "data": False, "error": "no"},
+        {"type": "put", "data": False, "error": {"code": 5, "message": None}},
     ],
     ids=json.dumps,
-)  # fmt: skip
+)
 def test_an_answer_that_does_not_say_yes_is_no_success(node: Nodes, client: Clients, answer: dict[str, Any]) -> None:
     """Only `"data": true` acknowledges a write. Whatever else a broken or strange node answers, the outcome is open:
     NotCommitted, not success and not a KeyError (DESIGN 1, promise 1)."""

@@ -344,8 +344,8 @@ def test_the_time_bounds_the_search(node: Nodes, client: Clients, nobody: str) -
     """When no node serves in time the last reason is raised, and not much later than the time-out."""
     refusing = node(failed("no_leader"))
     began = time.monotonic()
-    with pytest.raises(Unavailable, match="because of no_leader") as error:
-        client(refusing, timeout=0.3).put("a", 1)
+    with pytest.raises(Unavailable) as error:
+        client(refusing, timeout=0.3).get("a")
     assert error.value.code == "no_leader"
     assert 0.1 <= time.monotonic() - began < PATIENCE_S / 2
     assert len(refusing.requests) > 1
@@ -500,7 +500,9 @@ def test_a_late_answer_is_never_taken_for_anothers(node: Nodes, client: Clients)
     one = client(served, timeout=0.3)
     with pytest.raises(Unavailable):
         one.get("first")
+    assert served.asked.acquire(timeout=PATIENCE_S)
     late.set()
+    one.timeout = PATIENCE_S
     assert one.get("second") == "value of second"
     assert served.connections >= 2
     assert served.gone.acquire(timeout=PATIENCE_S), "the old connection was closed by the client"
@@ -513,8 +515,8 @@ def test_a_write_that_times_out_is_open(node: Nodes, client: Clients) -> None:
     with pytest.raises(NotCommitted, match="lost"):
         client(served, other, timeout=0.3).put("a", 1)
     assert 0.2 <= time.monotonic() - began < PATIENCE_S / 2
-    assert (len(served.requests), len(other.requests)) == (1, 0)
     assert served.gone.acquire(timeout=PATIENCE_S)
+    assert (len(served.requests), len(other.requests)) == (1, 0)
 
 
 def test_an_answer_that_drips_does_not_stretch_the_time(node: Nodes, client: Clients) -> None:
@@ -578,6 +580,7 @@ def test_an_interrupted_call_leaves_a_client_that_works(
     one = client(served)
 
     def interrupt(*_: object) -> bytes:
+        assert served.asked.acquire(timeout=PATIENCE_S)
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -595,11 +598,12 @@ def test_an_answer_over_the_limit_is_not_kept(node: Nodes, client: Clients) -> N
     """A node that answers without end, or with more than any answer may be long: the connection is closed, a read
     fails as unavailable, a write is open."""
     endless = node(b"x" * 5000)
-    one = client(endless, timeout=0.3)
+    one = client(endless)
     one._limit = 1000
     with pytest.raises(NotCommitted, match="longer than 1000"):
         one.put("a", 1)
-    with pytest.raises(Unavailable, match="longer than 1000"):
+    one.timeout = 0.3
+    with pytest.raises(Unavailable):
         one.get("a")
     assert endless.gone.acquire(timeout=PATIENCE_S)
 

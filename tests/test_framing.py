@@ -311,9 +311,10 @@ class Counting:
 
 @pytest.fixture
 def scanned(monkeypatch: pytest.MonkeyPatch) -> list[Counting]:
-    counting = [Counting(framing._IN_STRING), Counting(framing._OUTSIDE)]
-    monkeypatch.setattr(framing, "_IN_STRING", counting[0])
-    monkeypatch.setattr(framing, "_OUTSIDE", counting[1])
+    counting = []
+    for name in ("_IN_STRING", "_OUTSIDE", "_BLANKS"):
+        counting.append(Counting(getattr(framing, name)))
+        monkeypatch.setattr(framing, name, counting[-1])
     return counting
 
 
@@ -351,6 +352,17 @@ def test_a_long_message_is_not_copied_for_each_look() -> None:
     assert framer.pending is watched
     assert len(watched) == 6 + count * len(piece)
     assert watched.copied <= 4 * len(watched), f"copied {watched.copied / len(watched):.0f} times its length"
+
+
+def test_blanks_and_what_is_no_object_are_looked_at_once(scanned: list[Counting]) -> None:
+    """Half a megabyte of blanks, then a line that is no object in pieces that end with a brace: each byte is looked at
+    once, not again with each piece."""
+    framer = Framer(1 << 20)
+    assert framer.feed(b" " * (1 << 19)) == []
+    for _ in range(1000):
+        assert framer.feed(b"xxxxxx}") == []
+    assert sum(counting.seen for counting in scanned) <= (1 << 19) + 10_000
+    assert framer.feed(b"\n") == [b"xxxxxx}" * 1000]
 
 
 class Line(bytes):

@@ -416,6 +416,18 @@ def test_heartbeat_handler(bench: Bench) -> None:
     assert bench.raft.leader == B
 
 
+def test_a_new_leaders_heartbeat_commits_only_what_it_matched(bench: Bench) -> None:
+    """Rule 6, FACTS 1.7: three entries are staged from B; C leads the next term and says that 2 is committed. These may
+    be other entries: nothing commits before C's own message has matched them, and then no further than that."""
+    handle = bench.election.heartbeat_handler
+    found = entries(2, 2, 2)
+    assert handle(data_object(log_of(B, 2, found))) == (2, 0)
+    assert handle({"term": 3, "leader": C, "commit_id": 2}) == (3, 0)
+    assert handle(data_object(log_of(C, 3, [], commit_id=2, previous=found[0].id))) == (3, 1)
+    assert handle({"term": 3, "leader": C, "commit_id": 3}) == (3, 1)
+    assert handle(data_object(log_of(C, 3, [], commit_id=3, previous=found[2].id))) == (3, 3)
+
+
 @pytest.mark.parametrize(
     "message",
     [
@@ -582,6 +594,17 @@ def test_a_vote_goes_out_after_its_transaction(bench: Bench) -> None:
     asker = bench.ask(vote_request(B, 1), peer=B)
     assert bench.turn() == [WRITE, WRITTEN, f"VoteAnswer to {B}"]
     assert asker.only.data is True
+
+
+def test_a_vote_in_a_term_that_is_known_is_written_too(bench: Bench) -> None:
+    """FACTS 1.1: the term is on disk already (a member's answer told it), and the vote alone is new: it is written and
+    synced before it is sent."""
+    bench.say(C, HeartbeatAnswer(term=4, commit_id=0))
+    assert bench.turn() == [WRITE, WRITTEN]
+    assert bench.store.ballot == Ballot(4, None)
+    bench.ask(vote_request(B, 4), peer=B)
+    assert bench.turn() == [WRITE, WRITTEN, f"VoteAnswer to {B}"]
+    assert bench.store.ballot == Ballot(4, B)
 
 
 def test_with_a_changed_ballot_everything_waits(bench: Bench) -> None:

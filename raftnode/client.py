@@ -125,6 +125,8 @@ class Client:
     def _try(self, line: bytes, kind: str, deadline: float) -> dict[str, Any]:
         """One request at one node. Raises a RequestError; Unavailable when it surely was not executed."""
         left = max(deadline - time.monotonic(), 0.001)
+        if kind not in _WRITES and len(self.nodes) > 1:
+            left /= 2  # a read that a node does not answer can still be had from another
         try:
             connection = self._connect(left)
         except ConnectFailed as error:

@@ -109,8 +109,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
     def __post_init__(self) -> None:
         for name in self.__struct_fields__:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"setting {name} is {getattr(self, name)}: it must be at least 1")
+            if not 1 <= getattr(self, name) < 1 << 53:
+                raise ConfigError(f"setting {name} is {getattr(self, name)}: it must be at least 1, and below 2**53")
         if not self.heartbeat_ms < self.election_low_ms <= self.election_high_ms:
             raise ConfigError(
                 f"heartbeat {self.heartbeat_ms} ms, election {self.election_low_ms}..{self.election_high_ms} ms: "

@@ -11,12 +11,12 @@ import asyncio
 import socket
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Final, cast
 
 from msgspec import UNSET
 
 from raftnode.errors import ProtocolError
-from raftnode.framing import Frame, Framer, TooLong, split_line
+from raftnode.framing import Frame, Framer, TooLong, next_part
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply
 from raftnode.messages import (
     Answer,
@@ -31,6 +31,9 @@ from raftnode.messages import (
     encode,
     failure,
 )
+
+_MOST_AT_ONCE: Final = 1024
+"""Frames of one connection that are decoded before others have their turn."""
 
 if TYPE_CHECKING:
     from raftnode.transport import Transport
@@ -96,6 +99,14 @@ class _Refused:
         return self.answer.id
 
 
+@dataclass(slots=True)
+class _Line:
+    """What is left of a line that holds several messages."""
+
+    line: bytes
+    start: int
+
+
 class Connection(Wire):
     """A connection that a client or another member opened.
 
@@ -117,7 +128,8 @@ class Connection(Wire):
         `stall_timeout_ms`."""
         self.is_surplus = False
         """Over the limit: only a member may stay."""
-        self._backlog: deque[Arrival | _Refused] = deque()
+        self._backlog: deque[Frame | _Line | Arrival | _Refused] = deque()
+        self._pump_due = False
         self._under_way = 0
         self._in_order = False  # a request without id is under way
         self._is_paused = False
@@ -133,8 +145,9 @@ class Connection(Wire):
 
     def data_received(self, data: bytes) -> None:
         frames = self.framer.feed(data)
-        for frame in frames:
-            self._take_frame(frame)
+        if frames:
+            self.last_frame_at = self.owner.now()
+            self._backlog.extend(frames)
         if not self.framer.is_mid_message:
             self.begun_at = None
         elif frames or self.begun_at is None:
@@ -143,8 +156,7 @@ class Connection(Wire):
 
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
-        for frame in self.framer.at_end():
-            self._take_frame(frame)
+        self._backlog.extend(self.framer.at_end())
         self._half_closed = True
         self.begun_at = None
         self._pump()
@@ -158,34 +170,19 @@ class Connection(Wire):
 
     # --- in ---
 
-    def _take_frame(self, frame: Frame) -> None:
-        """Put what one frame holds at the end of the backlog."""
-        self.last_frame_at = self.owner.now()
-        if isinstance(frame, TooLong):
-            why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"
-            self._backlog.append(_Refused(failure("error", "too_large", why)))
-            return
-        try:
-            message = decode_request(frame)
-        except Malformed as error:
-            parts = split_line(frame)
-            if len(parts) == 1 or self.framer.lines_only:
-                self._backlog.append(_Refused(error.answer()))
-            else:
-                for part in parts:
-                    self._take_frame(part)
-            return
-        if self.is_surplus and not isinstance(message, Hello):
-            self.refuse_surplus()
-        else:
-            self._backlog.append(Arrival(message, self, len(frame)))
-
     def _pump(self) -> None:
-        """From the backlog to the mailbox, as far as order and limits let. While some must wait, nothing is read."""
+        """From the backlog to the mailbox, as far as order and limits let. While some must wait, nothing is read.
+
+        Frames are decoded only here, and only so many at a time, so that no client takes the loop for itself.
+        """
         ready: list[Arrival] = []
-        limit = self.owner.settings.pipeline_requests
-        while self._backlog and not self.is_full and self._under_way < limit:
+        limit, decoded = self.owner.settings.pipeline_requests, 0
+        while self._backlog and not self.is_full and self._under_way < limit and decoded < _MOST_AT_ONCE:
             item = self._backlog[0]
+            if not isinstance(item, Arrival | _Refused):
+                decoded += 1
+                self._open(self._backlog.popleft())
+                continue
             if self._in_order and item.id is UNSET:
                 break
             self._backlog.popleft()
@@ -197,7 +194,47 @@ class Connection(Wire):
             else:
                 self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
         self.owner.deliver(ready)
+        if decoded == _MOST_AT_ONCE:
+            self._pump_soon()
         self._read_on(not self._backlog)
+
+    def _pump_soon(self) -> None:
+        """Go on when others have had their turn."""
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump_on)
+
+    def _pump_on(self) -> None:
+        self._pump_due = False
+        self._pump()
+
+    def _open(self, item: Frame | _Line | Arrival | _Refused) -> None:
+        """Put what a frame holds at the front of the backlog: a request, a refusal, or the first of several."""
+        if isinstance(item, TooLong):
+            why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"
+            self._backlog.appendleft(_Refused(failure("error", "too_large", why)))
+        elif isinstance(item, _Line):
+            part, rest = next_part(item.line, item.start)
+            if rest < len(item.line):
+                self._backlog.appendleft(_Line(item.line, rest))
+            self._decode(part, is_part=True)
+        else:
+            assert isinstance(item, bytes)
+            self._decode(item, is_part=self.framer.lines_only)
+
+    def _decode(self, frame: bytes, is_part: bool) -> None:
+        try:
+            message = decode_request(frame)
+        except Malformed as error:
+            if not is_part and next_part(frame, 0)[1] < len(frame):
+                self._backlog.appendleft(_Line(frame, 0))
+            else:
+                self._backlog.appendleft(_Refused(error.answer()))
+            return
+        if self.is_surplus and not isinstance(message, Hello):
+            self.refuse_surplus()
+        else:
+            self._backlog.appendleft(Arrival(message, self, len(frame)))
 
     def _begin(self, arrival: Arrival) -> None:
         self._under_way += 1
@@ -252,12 +289,12 @@ class Connection(Wire):
     def flush(self) -> None:
         super().flush()
         if self._backlog:
-            self._pump()
+            self._pump_soon()
         self._close_when_done()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        self._pump()
+        self._pump_soon()
 
     def _close_when_done(self) -> None:
         if self._half_closed and self.is_idle and not self._out and self.is_open:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_IN_STRING = re.compile(rb'(?:[^"\\]|\\.)*+', re.DOTALL)
+_IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _BLANKS = re.compile(rb"\s*+")
 _OUTSIDE = re.compile(rb'[^"{}]*+')
 _QUOTE, _OPEN = b'"{'
@@ -65,6 +65,16 @@ def split_line(line: bytes) -> list[bytes]:
     parts, start = _take_objects(line)
     rest = line[start:].rstrip()
     return [*parts, rest] if rest else parts
+
+
+def next_part(line: bytes, start: int) -> tuple[bytes, int]:
+    """The message at `start` of a line that is not one message: the object that begins there, or all that is left. With
+    it, where the next begins: the length of the line when there is none."""
+    start = _after_blanks(line, start)
+    end = _Scanner(start).end(line) if line[start : start + 1] == b"{" else None
+    if end is None:
+        return line[start:].rstrip(), len(line)
+    return line[start:end], _after_blanks(line, end)
 
 
 def _take_objects(line: bytes) -> tuple[list[bytes], int]:

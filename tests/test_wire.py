@@ -995,3 +995,37 @@ def test_storage_full_and_room_again(start: Start, connect: Connect) -> None:
         assert client.ask(type="delete", key=key)["data"] is True
     until(lambda: client.ask(type="put", key="more", value=1)["data"] is True, "puts go on by themselves")
     assert client.ask(type="get", key=stored[-1])["data"]["version"] == 1
+
+
+@pytest.mark.parametrize(
+    "flood",
+    [b"{}" * 300_000 + b"\n", b"x\n" * 300_000, b'{"type":"ping"}' * 10_000 + b"\n"],
+    ids=["objects", "lines", "pings"],
+)
+def test_a_flood_of_small_messages_takes_turns_with_others(start: Start, connect: Connect, flood: bytes) -> None:
+    """One client sends hundreds of thousands of messages at once, good or bad, in one line or in many. Each gets its
+    answer, and another client is served many times meanwhile: only a slice is decoded before the loop goes round
+    (DESIGN 4)."""
+    node = start()
+    flooder, other = connect(node), connect(node)
+    taken: list[int] = []
+    done = threading.Event()
+
+    def take() -> None:
+        while piece := flooder.socket.recv(1 << 16):
+            taken.append(piece.count(b"\n"))
+        done.set()
+
+    reader = threading.Thread(target=take)
+    sender = threading.Thread(target=lambda: (flooder.socket.sendall(flood), flooder.socket.shutdown(socket.SHUT_WR)))
+    reader.start()
+    sender.start()
+    served = 0
+    while not done.is_set():
+        assert other.ask(type="put", key="a", value=served)["data"] is True
+        served += 1
+    sender.join()
+    reader.join()
+    expected = flood.count(b"\n") if flood.count(b"\n") > 1 else flood.count(b"}")
+    assert sum(taken) == expected
+    assert served >= 10

@@ -115,7 +115,7 @@ class Environment:
         return dbs
 
     def _settle(self) -> None:
-        """What is visible must be durable before anything is said (FACTS 1.40): LMDB syncs neither the first pages
+        """What is visible must be durable before anything is said (TRAPS 40): LMDB syncs neither the first pages
         of a new file nor its directory."""
         if self._durable:
             assert self._env is not None
@@ -170,7 +170,7 @@ class Environment:
 
     def _fail(self, error: BaseException) -> StoreFailed:
         """A write or a sync has failed. What is on disk is not known, and trying again proves nothing: after a failed
-        fsync the kernel has dropped the pages (FACTS 2)."""
+        fsync the kernel has dropped the pages (TRAPS, LMDB)."""
         self._failure = StoreFailed(
             f"writing to {self._data_file} failed: {error}. Nothing that depends on this write was acknowledged. Check "
             "the disk (free space, kernel log), then start the node again: it continues from its last good transaction"
@@ -202,7 +202,7 @@ class Environment:
         return {"map": info["map_size"], "file": file, "used": used_bytes, "disk_free": disk_free, "room": room}
 
     def clear_dead_readers(self) -> int:
-        """Free the slots of readers that died: pages that they saw would never be used again (FACTS 2)."""
+        """Free the slots of readers that died: pages that they saw would never be used again (TRAPS, LMDB)."""
         return int(self._usable().reader_check())
 
     def close(self) -> None:

@@ -57,7 +57,7 @@ class StoreDamaged(StoreError):
 
 
 class StoreFailed(StoreError):
-    """A transaction or a sync failed: what is on disk is not known, so the store takes nothing more (FACTS 2)."""
+    """A transaction or a sync failed: what is on disk is not known, so the store takes nothing more (TRAPS, LMDB)."""
 
 
 class StoreOwned(StoreError):

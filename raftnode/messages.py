@@ -239,7 +239,7 @@ class RemovePeer(Request, tag="remove_peer", kw_only=True):
 
 
 class Hello(Request, tag="hello", kw_only=True):
-    """The first message of every link between members (DESIGN 5, rule 9)."""
+    """The first message of every link between members (rule 9)."""
 
     name: ClassVar[str] = "hello"
     cluster: Name
@@ -387,7 +387,7 @@ class VoteAnswer(Answer, tag="vote_request", kw_only=True):
     data: bool
     """True: granted."""
     term: Count
-    """A granted pre-vote carries the term that was asked for, all else the voter's own (FACTS 1.13)."""
+    """A granted pre-vote carries the term that was asked for, all else the voter's own (TRAPS 13)."""
     pre_vote: bool = False
 
 
@@ -411,7 +411,7 @@ class DataAnswer(Answer, tag="data", kw_only=True):
     asked: Count = 0
     """On a refusal: the position before the refused entries."""
     last: EntryId = GENESIS
-    """On a refusal: the newest entry at or before `asked` whose term could still match. A hint only (FACTS 1.12)."""
+    """On a refusal: the newest entry at or before `asked` whose term could still match. A hint only (TRAPS 12)."""
     reason: Reason = ""
 
 

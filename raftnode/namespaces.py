@@ -1,7 +1,7 @@
 """The replicated state: what each committed command does to the namespaces. Layer 1, pure.
 
 Every node applies the same entries in the same order to the same state, so nothing here may look at a clock, a random
-number, the order of a set or an error of this machine (FACTS 1.26).
+number, the order of a set or an error of this machine (TRAPS 26).
 
 Effects are applied here first and reach the disk with the next transaction, together with their commit_id. Until then
 reads find them in `changes`, before they look at the disk: an acknowledged write is always seen.

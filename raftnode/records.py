@@ -9,7 +9,7 @@ All numbers are big-endian, so that LMDB's order of keys is the order of positio
 
 The checksum of a log record is the rolling one of `messages.chain`: it needs the checksum of the entry before to be
 checked. The others are CRC-32 over the key and all that follows the checksum. LMDB itself has none: of 300 flipped bits
-280 were read back as wrong values in silence (FACTS 2), so nothing is used here without its check.
+280 were read back as wrong values in silence (TRAPS, LMDB), so nothing is used here without its check.
 """
 
 from __future__ import annotations

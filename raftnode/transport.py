@@ -332,7 +332,7 @@ class Transport:
             self.deliver([Cut(connection.peer)], limited=False)
 
     def replace_connection(self, connection: Connection, peer: str) -> None:
-        """A member has opened a new link: an older one of its is closed first (FACTS 1.36)."""
+        """A member has opened a new link: an older one of its is closed first (TRAPS 36)."""
         for other in list(self._connections):
             if other.peer == peer and other.is_link and other is not connection:
                 other.cut()

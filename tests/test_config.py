@@ -1,4 +1,5 @@
-"""Settings, the environment and addresses: a value is right, or there is one ConfigError that names it (DESIGN 2)."""
+"""Settings, the environment and addresses: a value is right, or there is one ConfigError that names it (package
+docstring)."""
 
 from __future__ import annotations
 

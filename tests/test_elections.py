@@ -1,4 +1,4 @@
-"""Who leads, and how the members come to agree on it: ballots, votes, pre-votes, timers (DESIGN 5, rules 1-3)."""
+"""Who leads, and how the members come to agree on it: ballots, votes, pre-votes, timers (rules 1-3)."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def campaign_moment(network: Network, name: str) -> float:
 
 def test_voter_that_dies_before_its_ballot_is_written_has_said_nothing() -> None:
     """A vote is asked for, and the voter dies in the turn that takes the request. No answer may have left, and when it
-    comes back, its vote is free. (Thesis 3.8; FACTS 1.1.)"""
+    comes back, its vote is free. (Thesis 3.8; TRAPS 1.)"""
     network = Network(3)
     network.crash("2", CrashPoint.BEFORE_WRITE)
     network.turn("2", lambda raft: raft.step("1", vote_request("1", 1)))
@@ -66,8 +66,8 @@ def test_voter_that_dies_before_its_ballot_is_written_has_said_nothing() -> None
 
 def test_voter_that_dies_after_its_ballot_is_written_remembers_it() -> None:
     """The voter dies when its ballot is on disk and its answer is not yet sent. Back again, it refuses the vote to
-    another candidate of that term, and grants it to the same one, whose answer was lost. (Thesis 3.8; FACTS 1.1,
-    1.4.)"""
+    another candidate of that term, and grants it to the same one, whose answer was lost. (Thesis 3.8; TRAPS 1,
+    4.)"""
     network = Network(3)
     network.crash("2", CrashPoint.AFTER_WRITE)
     network.turn("2", lambda raft: raft.step("1", vote_request("1", 1)))
@@ -79,7 +79,7 @@ def test_voter_that_dies_after_its_ballot_is_written_remembers_it() -> None:
 
 def test_vote_in_a_term_that_is_known_already_is_written_too() -> None:
     """The voter has gone to the term before, for a candidate that it refused. Now it votes in it: the term on its disk
-    is the same, the vote is new, and it must not be forgotten. (Thesis 3.8; FACTS 1.1.)"""
+    is the same, the vote is new, and it must not be forgotten. (Thesis 3.8; TRAPS 1.)"""
     network = Network(3)
     network.give_log("2", 1, 1)
     assert not ask_vote(network, "2", "3", 7).data
@@ -94,7 +94,7 @@ def test_vote_in_a_term_that_is_known_already_is_written_too() -> None:
 @pytest.mark.parametrize("point", [CrashPoint.BEFORE_WRITE, CrashPoint.AFTER_WRITE])
 def test_candidate_asks_for_votes_only_when_its_own_is_on_disk(point: CrashPoint) -> None:
     """The candidate dies in the turn in which it has won the pre-vote and gone to the new term: no vote request of
-    that term is under way, wherever in the turn it died. (Thesis 3.8; FACTS 1.1.)"""
+    that term is under way, wherever in the turn it died. (Thesis 3.8; TRAPS 1.)"""
     network = Network(3)
     network.campaign("1")
     network.crash("1", point)
@@ -106,7 +106,7 @@ def test_candidate_asks_for_votes_only_when_its_own_is_on_disk(point: CrashPoint
 
 def test_terms_survive_the_restart_of_everyone() -> None:
     """All members die and come back: no term is used twice, as each remembers the one that it was in. (Thesis 3.8;
-    FACTS 1.1.)"""
+    TRAPS 1.)"""
     network = Network(3)
     network.elect("1")
     network.propose("1", "kept")
@@ -124,7 +124,7 @@ def test_terms_survive_the_restart_of_everyone() -> None:
 
 def test_refusal_in_a_new_term_waits_for_the_ballot_too() -> None:
     """A request of a higher term raises the voter's term even when the vote is refused, and the refusal tells that
-    term: it must not leave before the term is on disk. (Thesis 3.3; FACTS 1.1.)"""
+    term: it must not leave before the term is on disk. (Thesis 3.3; TRAPS 1.)"""
     network = Network(3)
     network.give_log("2", 1, 1)
     network.crash("2", CrashPoint.BEFORE_WRITE)
@@ -142,7 +142,7 @@ def test_refusal_in_a_new_term_waits_for_the_ballot_too() -> None:
 
 def test_one_vote_a_term() -> None:
     """The first candidate to ask gets the vote of the term, a second one does not; the first may ask again, as its
-    answer may be lost; in a higher term the vote is free. (Thesis 3.4; FACTS 1.4.)"""
+    answer may be lost; in a higher term the vote is free. (Thesis 3.4; TRAPS 4.)"""
     network = Network(3)
     assert ask_vote(network, "3", "1", 1).data
     assert not ask_vote(network, "3", "2", 1).data
@@ -184,7 +184,7 @@ def test_request_of_an_older_term_is_refused_with_the_newer_term() -> None:
 )
 def test_vote_only_for_a_log_at_least_as_up_to_date(last: EntryId, granted: bool) -> None:
     """The voter's log ends with entry 3 of term 2. Terms are compared first, positions after; pre-votes obey the same
-    rule. (Thesis 3.6.1; FACTS 1.3.)"""
+    rule. (Thesis 3.6.1; TRAPS 3.)"""
     network = Network(3)
     network.give_log("1", 1, 2, 2)
     assert ask_pre_vote(network, "1", "2", 5, last).data is granted
@@ -193,7 +193,7 @@ def test_vote_only_for_a_log_at_least_as_up_to_date(last: EntryId, granted: bool
 
 def test_staged_entries_count_for_the_vote_too() -> None:
     """An entry that is staged, not known to be committed, may be committed without this voter knowing: a candidate
-    without it must not win. (Thesis 3.6.1; FACTS 1.3.)"""
+    without it must not win. (Thesis 3.6.1; TRAPS 3.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -212,8 +212,8 @@ def test_staged_entries_count_for_the_vote_too() -> None:
 
 
 def test_votes_of_one_voter_count_once() -> None:
-    """Answers may come twice. In five members, two votes are no majority however often they arrive. (FACTS 1.8,
-    1.36.)"""
+    """Answers may come twice. In five members, two votes are no majority however often they arrive. (TRAPS 8,
+    36.)"""
     network = Network(5)
     network.isolate("1", "2")
     network.turn("1", lambda raft: raft.campaign())
@@ -243,7 +243,7 @@ def test_pre_votes_are_no_votes() -> None:
 
 def test_vote_of_an_earlier_campaign_does_not_count() -> None:
     """A vote that was granted for term 1 arrives when the candidate asks for votes in term 2: it counts for nothing.
-    (FACTS 1.36.)"""
+    (TRAPS 36.)"""
     network = Network(3)
     network.campaign("1")
     network.deliver(3)
@@ -258,7 +258,7 @@ def test_vote_of_an_earlier_campaign_does_not_count() -> None:
 
 def test_split_vote_is_resolved_by_the_next_time_out() -> None:
     """Four members, two candidates, two votes each: nobody leads that term, and as every timer is drawn anew, one
-    soon leads a later term. (Thesis 3.4; FACTS 1.18.)"""
+    soon leads a later term. (Thesis 3.4; TRAPS 18.)"""
     network = Network(4)
     network.campaign("1")
     network.campaign("2")
@@ -279,7 +279,7 @@ def test_split_vote_is_resolved_by_the_next_time_out() -> None:
 
 def test_pre_vote_changes_no_term() -> None:
     """Asking for pre-votes, granting and refusing them leaves every ballot alone, on disk and in memory. (Thesis 9.6;
-    FACTS 1.13.)"""
+    TRAPS 13.)"""
     network = Network(3)
     writes = {name: member.disk.writes for name, member in network.members.items()}
     network.campaign("1")
@@ -302,7 +302,7 @@ def test_pre_votes_are_granted_to_more_than_one() -> None:
 
 def test_member_cut_off_for_long_comes_back_in_its_old_term() -> None:
     """One member hears nobody for many election timeouts and campaigns all the while; when it comes back, terms are as
-    they were, and so is the leader. (Thesis 9.6; FACTS 1.13, 1.14.)"""
+    they were, and so is the leader. (Thesis 9.6; TRAPS 13, 14.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -319,7 +319,7 @@ def test_member_cut_off_for_long_comes_back_in_its_old_term() -> None:
 @pytest.mark.parametrize("voter", ["1", "2"])
 def test_disruption_is_ignored(voter: str) -> None:
     """A removed or half-connected node with the newest log and a high term asks for votes and pre-votes: the leader,
-    and a follower that hears it, refuse without changing their term, and go on. (Thesis 4.2.3; FACTS 1.14.)"""
+    and a follower that hears it, refuse without changing their term, and go on. (Thesis 4.2.3; TRAPS 14.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -334,7 +334,7 @@ def test_disruption_is_ignored(voter: str) -> None:
 
 
 def test_voter_that_has_not_heard_a_leader_for_the_least_timeout_helps_to_replace_it() -> None:
-    """Just short of the least election timeout it refuses, just past it it grants. (Thesis 4.2.3; FACTS 1.13, 1.14.)"""
+    """Just short of the least election timeout it refuses, just past it it grants. (Thesis 4.2.3; TRAPS 13, 14.)"""
     network = Network(3, settings=Settings(election_high_ms=100_000))
     network.elect("1")
     network.in_flight.clear()
@@ -348,7 +348,7 @@ def test_voter_that_has_not_heard_a_leader_for_the_least_timeout_helps_to_replac
 
 def test_leader_without_a_majority_steps_down() -> None:
     """The leader is alone on its side of a cut: after an election timeout it leads no more, in the same term. (Thesis
-    6.2; FACTS 1.15.)"""
+    6.2; TRAPS 15.)"""
     network = Network(5)
     network.elect("1")
     network.run(0.5)
@@ -362,7 +362,7 @@ def test_leader_without_a_majority_steps_down() -> None:
 
 def test_leader_that_sends_but_cannot_hear_steps_down() -> None:
     """Answers to the leader are lost while its heartbeats arrive: the others would follow it for ever and could commit
-    nothing. It gives up, and somebody else is elected. (Thesis 6.2; FACTS 1.15.)"""
+    nothing. It gives up, and somebody else is elected. (Thesis 6.2; TRAPS 15.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -397,7 +397,7 @@ def test_new_leader_grants_everyone_an_election_timeout() -> None:
 def test_member_at_a_higher_term_is_freed() -> None:
     """A member got to a higher term (its candidacy was cut off). It can't be elected, as the others hear their leader,
     and must not stay outside for ever: it answers the leader's heartbeat with its own term, the leader steps down, and
-    an election takes it in. (FACTS 1.16.)"""
+    an election takes it in. (TRAPS 16.)"""
     network = Network(3)
     network.elect("1")
     network.propose("1", "kept")
@@ -417,7 +417,7 @@ def test_member_at_a_higher_term_is_freed() -> None:
 
 def test_pre_candidate_of_an_older_term_is_told_the_newer_one() -> None:
     """The one member with the newest log is in an older term than the others, who can't win without it. Its pre-vote
-    is of a term gone by for them, yet it must be answered, with their term: so it can ask again. (FACTS 1.13; the
+    is of a term gone by for them, yet it must be answered, with their term: so it can ask again. (TRAPS 13; the
     deadlock that etcd describes.)"""
     network = Network(3)
     for name in ("2", "3"):
@@ -453,7 +453,7 @@ def test_candidate_follows_the_leader_of_its_term(kind: str) -> None:
 
 def test_leader_of_an_older_term_is_not_followed() -> None:
     """What a deposed leader still sends is refused with the newer term, does not count as a leader's sign of life, and
-    does not start the timer anew. (Thesis 3.3; FACTS 1.18.)"""
+    does not start the timer anew. (Thesis 3.3; TRAPS 18.)"""
     network = Network(3)
     ask_vote(network, "2", "3", 4)
     due = network["2"].raft._election_due
@@ -515,7 +515,7 @@ def test_all_roads_back_to_one_leader() -> None:
 
 def test_time_outs_are_drawn_anew_from_the_whole_range() -> None:
     """Every start of the timer draws a new time-out between low and high, so that two members that have split a vote do
-    not split the next. (Thesis 3.4; FACTS 1.18.)"""
+    not split the next. (Thesis 3.4; TRAPS 18.)"""
     network = Network(3)
     drawn = set()
     for _ in range(30):
@@ -572,7 +572,7 @@ def _answer(network: Network) -> None:
 )
 def test_what_starts_the_timer_anew(event: Callable[[Network], None], starts_anew: bool) -> None:
     """Only a granted vote and a message of the current leader start the election timer anew. A refused vote does not:
-    a candidate that can never win would keep the others from trying. (Thesis 3.4; FACTS 1.18; DESIGN 3.)"""
+    a candidate that can never win would keep the others from trying. (Thesis 3.4; TRAPS 18; published interface.)"""
     network = Network(3)
     ask_vote(network, "2", "1", 1)
     due = network["2"].raft._election_due
@@ -583,7 +583,7 @@ def test_what_starts_the_timer_anew(event: Callable[[Network], None], starts_ane
 
 def test_vote_refused_in_a_new_term_does_not_postpone_the_own_election() -> None:
     """The candidate's term is higher, so the voter goes to that term; but its log is older, so it gets no vote, and the
-    voter's own election, which can be won, comes no later for it. (Thesis 3.4; FACTS 1.18; DESIGN 3.)"""
+    voter's own election, which can be won, comes no later for it. (Thesis 3.4; TRAPS 18; published interface.)"""
     network = Network(3)
     network.give_log("2", 1, 1)
     due = network["2"].raft._election_due
@@ -596,7 +596,7 @@ def test_vote_refused_in_a_new_term_does_not_postpone_the_own_election() -> None
 
 def test_stalled_follower_starts_its_timer_anew_instead_of_campaigning() -> None:
     """A follower did not run for longer than an election timeout (SIGSTOP, a slow disk). Its timer has run out, but the
-    silence was its own: it listens first. (FACTS 1.18.)"""
+    silence was its own: it listens first. (TRAPS 18.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -613,7 +613,7 @@ def test_stalled_follower_starts_its_timer_anew_instead_of_campaigning() -> None
 
 def test_stalled_leader_steps_down() -> None:
     """A leader did not run for longer than an election timeout: another may have been elected, so it confirms nothing
-    and takes no write in the old belief. (FACTS 1.18, 1.19.)"""
+    and takes no write in the old belief. (TRAPS 18, 19.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -627,7 +627,7 @@ def test_stalled_leader_steps_down() -> None:
 
 
 def test_short_stall_changes_nothing() -> None:
-    """A pause shorter than the least election timeout is nothing to be afraid of. (FACTS 1.18.)"""
+    """A pause shorter than the least election timeout is nothing to be afraid of. (TRAPS 18.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -641,7 +641,7 @@ def test_short_stall_changes_nothing() -> None:
 
 
 def test_cluster_of_one_is_not_impressed_by_a_stall() -> None:
-    """There is nobody who could have been elected meanwhile. (FACTS 1.18.)"""
+    """There is nobody who could have been elected meanwhile. (TRAPS 18.)"""
     network = Network(1)
     network.turn("1")
     network.now += 60.0
@@ -650,7 +650,7 @@ def test_cluster_of_one_is_not_impressed_by_a_stall() -> None:
 
 
 def test_time_never_goes_back() -> None:
-    """A clock that is handed in older than before is taken as no time passed. (FACTS 1.18.)"""
+    """A clock that is handed in older than before is taken as no time passed. (TRAPS 18.)"""
     network = Network(3)
     network.run(0.5)
     network["1"].raft.clock(0.1)
@@ -659,7 +659,7 @@ def test_time_never_goes_back() -> None:
 
 def test_deadline_is_the_next_thing_to_do() -> None:
     """The driver sleeps until `deadline`: a leader's next heartbeat; a follower's time-out, or a heartbeat at most, so
-    that a node that sleeps is not taken for one that was stopped. (DESIGN 4.)"""
+    that a node that sleeps is not taken for one that was stopped. (package docstring.)"""
     network = Network(3)
     network.elect("1")
     assert network["1"].raft.deadline() == pytest.approx(network.now + BEAT)
@@ -673,8 +673,8 @@ def test_deadline_is_the_next_thing_to_do() -> None:
 
 
 def test_timer_may_be_started_anew_from_outside() -> None:
-    """The driver was busy before its first turn: it starts the timer anew. A cluster of one waits for nobody. (FACTS
-    1.18.)"""
+    """The driver was busy before its first turn: it starts the timer anew. A cluster of one waits for nobody. (TRAPS
+    18.)"""
     network = Network(3)
     network.now += 0.7
     network["2"].raft.clock(network.now)
@@ -704,7 +704,7 @@ def test_leader_that_dies_is_replaced_within_a_few_heartbeats() -> None:
 
 def test_suspicion_of_one_follower_deposes_nobody() -> None:
     """One follower loses its connection to the leader, while the others hear it: its pre-vote is refused, and nothing
-    changes. (Thesis 9.6; FACTS 1.14.)"""
+    changes. (Thesis 9.6; TRAPS 14.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -732,7 +732,7 @@ def test_suspicion_passes_when_the_leader_is_heard_again() -> None:
 
 
 def test_only_the_leader_is_suspected() -> None:
-    """The connection to a follower was cut: this says nothing of the leader. (DESIGN 5, rule 3.)"""
+    """The connection to a follower was cut: this says nothing of the leader. (rule 3.)"""
     network = Network(3)
     network.elect("1")
     network.run(0.5)
@@ -748,7 +748,7 @@ def test_only_the_leader_is_suspected() -> None:
 
 
 def test_cluster_of_one_leads_in_its_first_turn() -> None:
-    """There is nobody to wait for or to ask; its ballot is written all the same. (FACTS 3, the suite with N=1.)"""
+    """There is nobody to wait for or to ask; its ballot is written all the same. (TRAPS, etcd, the suite with N=1.)"""
     network = Network(1)
     network.turn("1")
     assert network.leaders == ["1"]
@@ -759,7 +759,7 @@ def test_cluster_of_one_leads_in_its_first_turn() -> None:
 
 def test_cluster_of_one_leads_again_after_a_crash_anywhere() -> None:
     """It dies before and after its first write, and later: each time it leads again at once, in a term of its own.
-    (FACTS 3.)"""
+    (TRAPS, etcd.)"""
     network = Network(1)
     for point in (CrashPoint.BEFORE_WRITE, CrashPoint.AFTER_WRITE):
         network.crash("1", point)

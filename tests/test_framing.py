@@ -1,4 +1,4 @@
-"""Framing: whatever the network does to the stream, the same bytes mean the same messages (DESIGN 7).
+"""Framing: whatever the network does to the stream, the same bytes mean the same messages (README, messages).
 
 Frames are compared after `split_line`, as the receiver reads them. Tests with chance in them are derandomized
 (`fixed`): a failure prints the bytes and how they were cut.
@@ -114,7 +114,8 @@ limits = st.integers(1, 40)
 @example(stream=b' {"a":1} ', places=[1, 8])
 def test_any_cut_gives_the_same_messages(stream: bytes, places: list[int]) -> None:
     """The network may cut the stream anywhere, also inside an escape, and bring pieces that end with a brace: what is
-    taken is what the plain rule takes from the whole stream (DESIGN 3, "one message may be larger than one recv")."""
+    taken is what the plain rule takes from the whole stream (published interface, "one message may be larger than one
+    recv")."""
     wanted = meant(stream)
     assert received([stream]) == wanted
     assert received(cut(stream, places)) == wanted
@@ -130,7 +131,7 @@ def test_any_cut_gives_the_same_messages(stream: bytes, places: list[int]) -> No
 @example(stream=b'{}{}{}{}{"a":"\\"}"}', places=[15], limit=11)
 def test_any_cut_gives_the_same_messages_under_any_limit(stream: bytes, places: list[int], limit: int) -> None:
     """The same with limits smaller than the messages: what is taken and what is too long does not depend on the cut
-    either, and no frame is longer than the limit (FACTS 1.38)."""
+    either, and no frame is longer than the limit (TRAPS 38)."""
     wanted = meant(stream, limit)
     assert received([stream], limit) == wanted
     assert received(cut(stream, places), limit) == wanted
@@ -184,7 +185,7 @@ def test_real_json_comes_out_as_it_went_in(objects: list[dict[str, Any]], ends: 
 )
 def test_what_is_a_message(stream: bytes, frames: list[bytes]) -> None:
     """The table of what ends a message: a newline, with or without CR, or the object's own closing brace; blank
-    lines are nothing; what is no object needs its newline (DESIGN 7)."""
+    lines are nothing; what is no object needs its newline (README, messages)."""
     assert received([stream]) == frames
     assert meant(stream) == frames
 
@@ -207,7 +208,7 @@ def test_a_bare_object_is_taken_at_once_and_a_line_with_its_newline() -> None:
 
 def test_after_a_line_that_is_too_long_the_next_is_taken() -> None:
     """A too long message is noted once, the rest of its line is passed over in whatever pieces it comes, and the next
-    line is read again: the connection can go on (DESIGN 7, "a bad message never ends ...")."""
+    line is read again: the connection can go on (README, messages, "a bad message never ends ...")."""
     framer = Framer(20)
     assert framer.feed(b"x" * 21) == [TOO_LONG]
     assert not framer.pending
@@ -284,7 +285,7 @@ class Watched(bytearray):
 @given(stream=streams, places=places, limit=limits)
 def test_what_is_kept_is_bounded(stream: bytes, places: list[int], limit: int) -> None:
     """A peer that never ends its message costs the limit and one piece, not more, at any moment, also within a feed
-    (DESIGN 4, "nothing grows without bound")."""
+    (package docstring, "nothing grows without bound")."""
     framer = Framer(limit)
     for piece in cut(stream, places):
         watched = framer.pending = Watched(framer.pending)
@@ -386,7 +387,7 @@ class Line(bytes):
 def test_a_line_of_many_objects_is_parted_in_linear_time() -> None:
     """One line may hold very many small objects (8 MB of `{}` are four million). Parting it copies each byte a few
     times, not all that follows once for each object: that would keep a node from its work for minutes, for one
-    message of one client (FACTS 1.19)."""
+    message of one client (TRAPS 19)."""
     count = 3000
     Line.copied = 0
     line = Line(b"{} " * count)

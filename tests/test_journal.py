@@ -1,4 +1,4 @@
-"""The log as consensus sees it: what is staged, written and kept in memory, against a plain list (DESIGN 5, rule 4)."""
+"""The log as consensus sees it: what is staged, written and kept in memory, against a plain list (rule 4)."""
 
 from __future__ import annotations
 
@@ -208,7 +208,7 @@ TestJournalAgainstList = JournalAgainstList.TestCase
 
 def test_cut_is_written_as_one_with_what_follows() -> None:
     """Written entries are replaced twice before the disk is told: one deletion from the lowest place, then everything
-    behind it. (Thesis 3.5; FACTS 1.9.)"""
+    behind it. (Thesis 3.5; TRAPS 9.)"""
     journal = started(1, 1, 1, 1)
     journal.accept(EntryId(1, 3), history(1, 1, 1, 2)[3:], 0)
     journal.accept(EntryId(1, 1), history(1, 3, 3)[1:], 0)
@@ -227,7 +227,7 @@ def test_cut_of_what_was_never_written_needs_no_deletion() -> None:
 
 def test_suffix_is_cut_only_where_terms_differ() -> None:
     """Every stretch of the own log, sent again, changes nothing; the first entry with another term cuts from there.
-    (Thesis 3.5; FACTS 1.9; RaftOS #26.)"""
+    (Thesis 3.5; TRAPS 9; RaftOS #26.)"""
     log = history(1, 1, 2, 2)
     journal = started(1, 1, 2, 2)
     for first in range(5):
@@ -240,7 +240,7 @@ def test_suffix_is_cut_only_where_terms_differ() -> None:
 
 def test_committed_entry_is_never_cut() -> None:
     """Not even by a leader: that would be a defect or damage, and nothing has changed when it is found. (Thesis 3.6;
-    FACTS 1.9.)"""
+    TRAPS 9.)"""
     journal = started(1, 1, 1)
     with pytest.raises(HistoryDiffers, match="the place of a committed one"):
         journal.accept(EntryId(1, 1), history(1, 2)[1:], 2)
@@ -249,7 +249,7 @@ def test_committed_entry_is_never_cut() -> None:
 
 
 def test_refused_entries_leave_no_trace() -> None:
-    """A conflict that would cut, but whose entries do not continue the history: the suffix stays. (FACTS 1.9, 1.37.)"""
+    """A conflict that would cut, but whose entries do not continue the history: the suffix stays. (TRAPS 9, 37.)"""
     journal = started(1, 1, 1)
     good, bad = history(1, 2, 2)[1:]
     with pytest.raises(HistoryDiffers, match="checksum"):
@@ -279,8 +279,8 @@ def test_terms_never_fall_along_the_log() -> None:
     ],
 )
 def test_hint_of_a_refusal(own: list[int], asked: int, term: int, committed: int, hint: EntryId) -> None:
-    """The newest own entry, at or before the place that was asked for, that the leader could hold. (Thesis 3.5; FACTS
-    1.12; etcd's findConflictByTerm.)"""
+    """The newest own entry, at or before the place that was asked for, that the leader could hold. (Thesis 3.5; TRAPS
+    12; etcd's findConflictByTerm.)"""
     assert started(*own).hint(asked, term, committed) == hint
 
 
@@ -297,13 +297,13 @@ def test_hint_of_a_refusal(own: list[int], asked: int, term: int, committed: int
     ],
 )
 def test_use_of_a_hint(own: list[int], hint: EntryId, at_least: int, found: int) -> None:
-    """The leader goes to its own newest entry that could match, but never below what is known to. (FACTS 1.12.)"""
+    """The leader goes to its own newest entry that could match, but never below what is known to. (TRAPS 12.)"""
     assert started(*own).find(hint, at_least) == found
 
 
 def test_log_may_begin_later() -> None:
     """What is below the base is committed and compacted: it counts as held, messages that reach below it are taken for
-    what is above it, and hints end there. (Thesis 5.1; FACTS 1.30.)"""
+    what is above it, and hints end there. (Thesis 5.1; TRAPS 30.)"""
     log = history(1, 1, 1, 2, 2)
     disk = Disk(FOUNDING)
     disk.entries = log
@@ -328,7 +328,7 @@ def test_founding_membership_is_set_once() -> None:
 
 
 def test_membership_is_needed_until_the_next_one_is_settled() -> None:
-    """The one before stays in the journal as long as the next could still be cut. (Thesis 4.1; FACTS 1.11.)"""
+    """The one before stays in the journal as long as the next could still be cut. (Thesis 4.1; TRAPS 11.)"""
     disk = Disk(FOUNDING)
     journal = disk.journal()
     journal.append(1, 0, encode_command(MembersCommand(voters={"1": ""})))

@@ -81,7 +81,7 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_imports_only_go_down(path: Path) -> None:
     """A module imports its own group or a lower layer; the three groups of layer 2 do not know each other; nothing of
-    the product imports `testing` (DESIGN 2)."""
+    the product imports `testing` (package docstring)."""
     own = top_name(path)
     if own in (BESIDE, "__init__"):
         return
@@ -101,7 +101,7 @@ def test_imports_only_go_down(path: Path) -> None:
 )
 def test_pure_modules_have_no_effects(path: Path) -> None:
     """Time and chance are passed in: a pure module imports nothing that has them, opens no file, and names of `random`
-    only the type of its argument (DESIGN 5, rule 11)."""
+    only the type of its argument (rule 11)."""
     for module, line in imports(path):
         outside = module.split(".")[0]
         assert outside == "raftnode" or outside in PURE_IMPORTS, f"{path.name}:{line} imports {module}"

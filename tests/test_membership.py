@@ -1,4 +1,4 @@
-"""Who counts, from when on, and until when (DESIGN 5, rules 8 and 9 as far as the consensus core knows them)."""
+"""Who counts, from when on, and until when (rules 8 and 9 as far as the consensus core knows them)."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_majority_is_more_than_half_of_the_voters(size: int, majority: int) -> N
 
 
 def test_only_voters_count() -> None:
-    """Strangers, learners and members named twice do not make a majority. (Thesis 4.2.1; DESIGN 3: a majority is
-    counted over the members, never over who answers.)"""
+    """Strangers, learners and members named twice do not make a majority. (Thesis 4.2.1; published interface: a
+    majority is counted over the members, never over who answers.)"""
     membership = Membership(voters={"a": "", "b": "", "c": ""}, learners={"d": ""})
     assert not membership.is_majority(["a", "d", "e", "f"])
     assert not membership.is_majority(["a", "a", "a"])
@@ -92,8 +92,8 @@ def test_membership_keeps_its_own_rules() -> None:
 
 def test_node_id_is_bound_once() -> None:
     """A member is known by address and id. The id of a member met for the first time is written down; another id at
-    that address is another node, which has lost its disk, its votes and its acknowledgements. (DESIGN 5, rule 9; FACTS
-    1.34.)"""
+    that address is another node, which has lost its disk, its votes and its acknowledgements. (rule 9; TRAPS
+    34.)"""
     membership = Membership(voters={"a": "", "b": ""}, learners={"c": ""})
     assert membership.node_of("a") == ""
     assert membership.node_of("x") is None
@@ -107,7 +107,7 @@ def test_node_id_is_bound_once() -> None:
 
 def test_journal_binds_in_every_membership_that_does_not_know_the_id() -> None:
     """While a change is staged there are two memberships in the journal: whichever of them remains knows the id.
-    (DESIGN 5, rule 9.)"""
+    (rule 9.)"""
     network = led_by_1()
     network.isolate("1")
     network.propose_commands("1", [members("1", "2")])
@@ -121,7 +121,7 @@ def test_journal_binds_in_every_membership_that_does_not_know_the_id() -> None:
 
 def test_cluster_id_is_that_of_the_founders() -> None:
     """Nodes that were started with the same members in any order have the same cluster; any other set is another one.
-    (DESIGN 5, rule 9; FACTS 1.35.)"""
+    (rule 9; TRAPS 35.)"""
     founders = ["10.0.0.1:5001", "10.0.0.2:5001", "10.0.0.3:5001"]
     assert cluster_id(founders) == cluster_id(reversed(founders)) == cluster_id([*founders, founders[0]])
     others = [founders[:2], [*founders, "10.0.0.4:5001"], [*founders[:2], "10.0.0.3:5002"]]
@@ -134,7 +134,7 @@ def test_cluster_id_is_that_of_the_founders() -> None:
 
 def test_membership_is_in_force_when_appended() -> None:
     """ "3" is taken out of three. From the append on, before anything commits, "1" and "2" are the members: "3" is sent
-    nothing more, and its acknowledgement makes no majority. (Thesis 4.1; FACTS 1.31.)"""
+    nothing more, and its acknowledgement makes no majority. (Thesis 4.1; TRAPS 31.)"""
     network = led_by_1()
     network.cut("1", "2")
     (commit_id,) = network.propose_commands("1", [members("1", "2")])
@@ -150,7 +150,7 @@ def test_membership_is_in_force_when_appended() -> None:
 
 def test_follower_counts_by_the_newest_membership_in_its_log() -> None:
     """A follower has the change in its log, not committed. When it campaigns, it needs the majority of the new members,
-    and asks nobody else. (Thesis 4.1; FACTS 1.31.)"""
+    and asks nobody else. (Thesis 4.1; TRAPS 31.)"""
     network = led_by_1(5)
     network.propose_commands("1", [members("1", "2", "3")])
     network.drop("1", "4")
@@ -167,7 +167,7 @@ def test_follower_counts_by_the_newest_membership_in_its_log() -> None:
 
 def test_membership_goes_with_the_suffix_that_is_cut() -> None:
     """A leader that is cut off appends a change, in force for it alone. When it comes back, its suffix is cut, and the
-    membership before it is in force again, in memory and after a restart. (Thesis 4.1; FACTS 1.11.)"""
+    membership before it is in force again, in memory and after a restart. (Thesis 4.1; TRAPS 11.)"""
     network = led_by_1()
     network.isolate("1")
     network.propose_commands("1", [members("1", "2")])
@@ -186,7 +186,7 @@ def test_membership_goes_with_the_suffix_that_is_cut() -> None:
 
 
 def test_of_several_staged_changes_each_cut_takes_its_own() -> None:
-    """Two changes are staged behind each other; only the later one is cut. (Thesis 4.1; FACTS 1.11.)"""
+    """Two changes are staged behind each other; only the later one is cut. (Thesis 4.1; TRAPS 11.)"""
     network = led_by_1()
     network.isolate("1")
     (first,) = network.propose_commands("1", [members("1", "2")])
@@ -217,7 +217,7 @@ def test_change_survives_the_restart_of_everyone() -> None:
 
 def test_removed_member_disturbs_nobody() -> None:
     """ "3" is taken out and does not hear of it. It campaigns again and again; the others hear their leader, so its
-    pre-votes and its votes are refused, and no term changes. (Thesis 4.2.3; FACTS 1.14, 1.33.)"""
+    pre-votes and its votes are refused, and no term changes. (Thesis 4.2.3; TRAPS 14, 33.)"""
     network = led_by_1()
     network.cut("1", "3")
     network.propose_commands("1", [members("1", "2")])
@@ -238,7 +238,7 @@ def test_removed_member_disturbs_nobody() -> None:
 
 def test_learner_gets_everything_and_counts_for_nothing() -> None:
     """A learner is sent the log like the others; two of three voters are cut off, and with any number of learners
-    nothing commits. (Thesis 4.2.1; FACTS 1.32.)"""
+    nothing commits. (Thesis 4.2.1; TRAPS 32.)"""
     network = led_by_1(3, learners=2)
     network.propose("1", "colour")
     network.run(0.5)
@@ -251,7 +251,7 @@ def test_learner_gets_everything_and_counts_for_nothing() -> None:
 
 
 def test_learners_do_not_keep_a_leader_in_office() -> None:
-    """Check-quorum counts voters: a leader that hears its learners only steps down. (Thesis 4.2.1, 6.2; FACTS 1.15.)"""
+    """Check-quorum counts voters: a leader that hears its learners only steps down. (Thesis 4.2.1, 6.2; TRAPS 15.)"""
     network = led_by_1(3, learners=2)
     network.isolate("2", "3")
     network.run(LOW + 2 * BEAT)
@@ -259,7 +259,7 @@ def test_learners_do_not_keep_a_leader_in_office() -> None:
 
 
 def test_learner_never_campaigns() -> None:
-    """It hears nobody for long and waits, in its term, with a timer that goes on. (Thesis 4.2.1; FACTS 1.32.)"""
+    """It hears nobody for long and waits, in its term, with a timer that goes on. (Thesis 4.2.1; TRAPS 32.)"""
     network = led_by_1(3, learners=1)
     network.isolate("4")
     network.turn("4", lambda raft: raft.suspect("1"))
@@ -271,7 +271,7 @@ def test_learner_never_campaigns() -> None:
 
 def test_learner_votes_when_it_is_asked() -> None:
     """Its membership may be old: who asks it may know that it is a voter by now. Its vote obeys the same rules and is
-    on disk like any other. (FACTS 1.32.)"""
+    on disk like any other. (TRAPS 32.)"""
     network = led_by_1(3, learners=1)
     network.lose_leaders()
     last = network["4"].log[-1]
@@ -313,7 +313,7 @@ def test_single_voter_with_a_learner_serves_alone() -> None:
 
 
 def test_who_is_no_member_is_not_counted_and_not_followed_up() -> None:
-    """Answers of a stranger change nothing. (DESIGN 3: a majority is counted over the members; FACTS 1.35.)"""
+    """Answers of a stranger change nothing. (published interface: a majority is counted over the members; TRAPS 35.)"""
     network = led_by_1()
     network.isolate("1")
     (commit_id,) = network.propose("1", "alone")

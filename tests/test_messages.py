@@ -1,5 +1,5 @@
 """The schema: a message that is right becomes one typed value, anything else one Malformed that says what is wrong and
-whose answer finds its way (DESIGN 7)."""
+whose answer finds its way (README, messages)."""
 
 from __future__ import annotations
 
@@ -293,8 +293,8 @@ def readable_id(frame: bytes) -> Any:
 @example(frame=b'{"type":"zzz","id":"\\ud83d"}')
 def test_any_bytes_are_a_message_or_malformed(frame: bytes) -> None:
     """Whatever comes, there is a typed message that can be written and read again as the same, or one Malformed whose
-    answer can be written; nothing else is raised (DESIGN 2, "a decoder either returns a valid message or raises one
-    error"). An id that is readable comes back either way."""
+    answer can be written; nothing else is raised (package docstring, "a decoder either returns a valid message or
+    raises one error"). An id that is readable comes back either way."""
     try:
         found: AnyRequest | Malformed = decode_request(frame)
     except Malformed as malformed:
@@ -625,7 +625,7 @@ def test_commands_keep_their_bytes_through_a_dict(spelling: bytes) -> None:
 
 
 def test_entry_ids_are_ordered_by_term_first() -> None:
-    """ "At least as up to date" is a plain comparison: a later term beats a longer log (thesis 3.6.1, FACTS 1.3)."""
+    """ "At least as up to date" is a plain comparison: a later term beats a longer log (thesis 3.6.1, TRAPS 3)."""
     assert EntryId(2, 1) > EntryId(1, 100)
     assert EntryId(2, 5) >= EntryId(2, 5)
     assert EntryId(2, 4) < EntryId(2, 5)
@@ -648,7 +648,7 @@ def test_a_failure_says_so_in_every_type(kind: str, id: Any) -> None:
 
 def test_every_code_has_its_error() -> None:
     """Each published code becomes an error of a client that carries the code; a code of a newer version counts as an
-    open outcome, the safe reading (FACTS 1.24)."""
+    open outcome, the safe reading (TRAPS 24)."""
     for code in CODES:
         error = error_for(code, "words")
         assert isinstance(error, RequestError)

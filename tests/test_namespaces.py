@@ -1,4 +1,4 @@
-"""The replicated state: what commands do to it, and that nothing but the log decides (DESIGN 6; FACTS 1.26)."""
+"""The replicated state: what commands do to it, and that nothing but the log decides (store docstring; TRAPS 26)."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_a_value_keeps_its_spelling(value: bytes) -> None:
 
 def test_a_change_hides_the_disk() -> None:
     """Until the next transaction, what was applied is what is read, a delete as well; the disk is asked only for keys
-    without a change (an acknowledged write is always seen, DESIGN 6)."""
+    without a change (an acknowledged write is always seen, store docstring)."""
     state = State()
     state.apply(put("a", b"1"))
     state.apply(put("b", b"2"))
@@ -160,7 +160,7 @@ def test_a_change_hides_the_disk() -> None:
 
 
 def test_an_entry_that_nobody_understands_is_an_error() -> None:
-    """A command of no known kind stops the node rather than being passed over: states must not part (FACTS 1.26)."""
+    """A command of no known kind stops the node rather than being passed over: states must not part (TRAPS 26)."""
     namespaces = Namespaces()
     for command in (b'{"kind":"swap"}', b'{"kind":"put"}', b"", b"[]", b"\xff"):
         with pytest.raises(ProtocolError):
@@ -172,7 +172,7 @@ def test_an_entry_that_nobody_understands_is_an_error() -> None:
 def test_any_log_gives_one_state(seed: int) -> None:
     """The same log on three nodes that write to disk at different times (always, never, at random) and restart in
     between gives the same outcomes and the same state, and both are those of a plain model: nothing but the log has
-    a say (FACTS 1.26)."""
+    a say (TRAPS 26)."""
     chance = random.Random(seed)
     nodes = [State(), State(), State()]
     model: dict[tuple[str, str], list[Any]] = {}

@@ -1,5 +1,6 @@
-"""The store's own replication: a primary with followers, without elections (DESIGN 3, `Store.put`, `send_data`,
-`commit`, `action_handler`). The same staging, checks and transactions as a node's; only term and majority are given."""
+"""The store's own replication: a primary with followers, without elections (published interface, `Store.put`,
+`send_data`, `commit`, `action_handler`). The same staging, checks and transactions as a node's; only term and majority
+are given."""
 
 from __future__ import annotations
 
@@ -120,7 +121,7 @@ def same_history(*stores: Store) -> None:
 
 def test_a_put_is_on_all_who_answer(make: Callable[..., dict[str, Store]]) -> None:
     """True only once a majority holds it durably; the followers are told to commit, and the three then have one log,
-    equal checksums, one commit_id and the same value. The link says who it is first (DESIGN 5, rule 9)."""
+    equal checksums, one commit_id and the same value. The link says who it is first (rule 9)."""
     stores = make(A, B, C)
     wire = Wire(A, stores)
     assert put(stores[A], wire, "a", "one")
@@ -136,7 +137,7 @@ def test_a_put_is_on_all_who_answer(make: Callable[..., dict[str, Store]]) -> No
 
 def test_what_a_majority_confirmed_is_on_their_disks(make: Callable[..., dict[str, Store]], tmp_path: Path) -> None:
     """When put says True, all three can be stopped and opened again: entries, commit_id, ballot and values are there
-    (FACTS 1.2)."""
+    (TRAPS 2)."""
     stores = make(A, B, C, directory=tmp_path)
     wire = Wire(A, stores)
     for n in range(5):
@@ -160,7 +161,7 @@ def test_the_entry_is_on_the_primarys_disk_before_it_is_sent(
     make: Callable[..., dict[str, Store]], tmp_path: Path
 ) -> None:
     """The primary counts itself, so its own copy must be durable by the time a follower confirms: a transport that
-    looks when the first message comes finds nothing unwritten (FACTS 1.2)."""
+    looks when the first message comes finds nothing unwritten (TRAPS 2)."""
     stores = make(A, B, C, directory=tmp_path)
     seen = []
 
@@ -177,7 +178,7 @@ def test_the_entry_is_on_the_primarys_disk_before_it_is_sent(
 
 
 def test_without_a_majority_the_entry_stays_staged(make: Callable[..., dict[str, Store]]) -> None:
-    """False when too few confirm: the entry is in the log, not in the values, and its outcome is open (FACTS 1.24).
+    """False when too few confirm: the entry is in the log, not in the values, and its outcome is open (TRAPS 24).
     The next put that reaches a majority commits it as well, in order, and brings the followers up to date."""
     stores = make(A, B, C)
     wire = Wire(A, stores)
@@ -205,7 +206,7 @@ def test_a_majority_counts_the_primary_once(
     make: Callable[..., dict[str, Store]], majority: int, up: int, outcome: bool
 ) -> None:
     """`majority` durable copies, this one counted, whoever is down; the primary in its own list of peers is not asked
-    and not counted twice. With a majority of one, nobody needs to answer (FACTS 3, "N=1")."""
+    and not counted twice. With a majority of one, nobody needs to answer (TRAPS, etcd, "N=1")."""
     stores = make(A, B, C, D)
     wire = Wire(A, stores)
     wire.peers.append(A)
@@ -242,7 +243,7 @@ def test_a_follower_that_is_behind_catches_up(
 ) -> None:
     """A follower that was down for 30 entries, and one that has nothing at all, get what they lack with the next put,
     from memory or from the primary's disk, in batches within the limits of the settings (one entry may be larger), and
-    then hold it all (FACTS 1.12, 1.38)."""
+    then hold it all (TRAPS 12, 38)."""
     stores = make(A, B, C, **limits)
     wire = Wire(A, stores)
     wire.down = {C}
@@ -265,7 +266,7 @@ def test_a_follower_that_is_behind_catches_up(
 
 def test_a_commit_reaches_a_follower_that_missed_the_entry(make: Callable[..., dict[str, Store]]) -> None:
     """A follower that misses the log message of a put and gets its commit message is brought up to date by that: the
-    primary sends what it lacks rather than let it commit what it does not hold (FACTS 1.7)."""
+    primary sends what it lacks rather than let it commit what it does not hold (TRAPS 7)."""
     stores = make(A, B, C)
     wire = Wire(A, stores)
     lost = {"log": 1}
@@ -284,7 +285,7 @@ def test_a_commit_reaches_a_follower_that_missed_the_entry(make: Callable[..., d
 
 def test_a_repeated_message_changes_nothing(make: Callable[..., dict[str, Store]]) -> None:
     """A follower that gets every message again, in any order, confirms what it holds, keeps what came after, and writes
-    nothing twice (FACTS 1.9, 1.36)."""
+    nothing twice (TRAPS 9, 36)."""
     stores = make(A, B)
     wire = Wire(A, stores)
     for n in range(6):
@@ -309,7 +310,7 @@ def test_a_divergent_suffix_is_cut(
     make: Callable[..., dict[str, Store]], tmp_path: Path, committed: int, staged: int, new: int
 ) -> None:
     """A led and staged entries that nobody else got; B leads a later term. When A follows, its suffix goes, from its
-    disk too, in the very transaction that commits what takes its place, and what was committed stays (FACTS 1.9). A
+    disk too, in the very transaction that commits what takes its place, and what was committed stays (TRAPS 9). A
     store that is opened from A's disk afterwards has B's history."""
     stores = make(A, B, C, directory=tmp_path)
     wire = Wire(A, stores)
@@ -339,7 +340,7 @@ def test_a_divergent_suffix_is_cut(
 def test_primaries_that_take_turns_end_with_one_history(make: Callable[..., dict[str, Store]], tmp_path: Path) -> None:
     """Ten terms with a random primary, who reaches random followers, some of them with entries that are never
     confirmed: what was confirmed stays through all of them, and in the end all have one history. A primary is one
-    that may be elected: whose log is the newest of a majority (FACTS 1.3)."""
+    that may be elected: whose log is the newest of a majority (TRAPS 3)."""
     for seed in range(4):
         chance = random.Random(seed)
         stores = make(A, B, C, directory=tmp_path / str(seed), batch_bytes=100)
@@ -365,7 +366,7 @@ def test_primaries_that_take_turns_end_with_one_history(make: Callable[..., dict
 
 def test_a_term_that_is_over_is_refused(make: Callable[..., dict[str, Store]]) -> None:
     """A primary of an old term can do nothing: its own store refuses once it knows, followers in a later term refuse
-    with their term, and it counts none of them (FACTS 1.10)."""
+    with their term, and it counts none of them (TRAPS 10)."""
     stores = make(A, B, C)
     assert put(stores[B], Wire(B, {B: stores[B], C: stores[C]}), "new", term=3)
     wire = Wire(A, stores)
@@ -384,7 +385,7 @@ def test_a_term_that_is_over_is_refused(make: Callable[..., dict[str, Store]]) -
 
 
 def test_a_term_that_is_anothers_is_refused(make: Callable[..., dict[str, Store]]) -> None:
-    """A store that has voted for another in a term does not lead in it (FACTS 1.4, one vote a term)."""
+    """A store that has voted for another in a term does not lead in it (TRAPS 4, one vote a term)."""
     stores = make(A, B, C)
     stores[A].write(stores[A].ballot.in_term(2).vote(B))
     with pytest.raises(ProtocolError) as refused:
@@ -398,7 +399,7 @@ def test_a_term_that_is_anothers_is_refused(make: Callable[..., dict[str, Store]
 def test_two_primaries_of_one_term_are_noticed(make: Callable[..., dict[str, Store]], ahead: int) -> None:
     """Who vouches wrongly that nobody else leads in the term, so that two stores put in the same: a follower that
     holds the one's entry refuses the other's with `checksum`, though term and position agree, and does not confirm it;
-    nothing is overwritten, on the follower or on the primary (FACTS 1.37)."""
+    nothing is overwritten, on the follower or on the primary (TRAPS 37)."""
     stores = make(A, B, C)
     assert put(stores[A], Wire(A, {A: stores[A], C: stores[C]}), "a", "from A", term=1)
     alone = Wire(B, {B: stores[B]})
@@ -580,7 +581,7 @@ def test_a_peer_that_answers_nonsense_confirms_nothing(
     make: Callable[..., dict[str, Store]], name: str, before: int
 ) -> None:
     """Whatever a peer answers, put neither raises nor goes on for ever, and does not count it: with it alone there is
-    no majority; with another that confirms there is (DESIGN 7: a bad message never ends the process)."""
+    no majority; with another that confirms there is (README, messages: a bad message never ends the process)."""
     stores = make(A, B, C)
     wire = Wire(A, stores)
     for n in range(before):
@@ -631,7 +632,7 @@ def test_confirmations_name_who_holds_it(make: Callable[..., dict[str, Store]]) 
 
 def test_a_store_that_an_election_owns_refuses_all_four(make: Callable[..., dict[str, Store]]) -> None:
     """While an election owns the store nobody else writes to it: put, send_data, commit and action_handler raise
-    StoreOwned and change nothing; reads go on. Given back, it takes them again (DESIGN 3)."""
+    StoreOwned and change nothing; reads go on. Given back, it takes them again (published interface)."""
     stores = make(A, B)
     wire = Wire(A, stores)
     assert put(stores[A], wire, "a", "one")
@@ -754,7 +755,7 @@ def test_a_follower_refuses_what_is_no_data_message(make: Callable[..., dict[str
 
 
 def test_a_store_of_no_cluster_follows_nobody(make: Callable[..., dict[str, Store]]) -> None:
-    """Before `found` a store does not know who may lead it, and refuses (DESIGN 5, rule 9)."""
+    """Before `found` a store does not know who may lead it, and refuses (rule 9)."""
     stores = make(A, B)
     wire = Wire(A, stores)
     assert put(stores[A], wire, "a")
@@ -784,7 +785,7 @@ def test_a_primary_founds_its_cluster_with_the_first_put() -> None:
 
 def test_an_entry_that_was_changed_on_the_way_is_refused(make: Callable[..., dict[str, Store]]) -> None:
     """One character of a command, another time, another term or another checksum: the follower refuses with `checksum`
-    and holds nothing of the message; the unchanged one is taken after it (FACTS 1.37)."""
+    and holds nothing of the message; the unchanged one is taken after it (TRAPS 37)."""
     stores = make(A, B)
     wire = Wire(A, stores)
     wire.down = {B}
@@ -803,7 +804,7 @@ def test_an_entry_that_was_changed_on_the_way_is_refused(make: Callable[..., dic
 
 def test_a_damaged_entry_is_not_sent(make: Callable[..., dict[str, Store]], tmp_path: Path) -> None:
     """A primary that finds a damaged entry on its disk while it feeds a follower says so, with the commit_id; it sends
-    neither that entry nor one after it (FACTS 1.37)."""
+    neither that entry nor one after it (TRAPS 37)."""
     stores = make(A, B, C, directory=tmp_path)
     wire = Wire(A, stores)
     wire.down = {C}
@@ -825,7 +826,7 @@ def test_a_damaged_entry_is_not_sent(make: Callable[..., dict[str, Store]], tmp_
 
 def test_a_primary_keeps_no_more_than_its_limit_in_memory(make: Callable[..., dict[str, Store]]) -> None:
     """Entries that are written and applied need not stay in memory: after many puts neither primary nor follower keeps
-    more than `kept_entries` (DESIGN 4, "nothing grows without bound")."""
+    more than `kept_entries` (package docstring, "nothing grows without bound")."""
     stores = make(A, B, kept_entries=10)
     wire = Wire(A, stores)
     for n in range(60):

@@ -32,15 +32,15 @@ def test_probe_is_one_message_at_a_time() -> None:
 
 
 def test_probe_is_not_repeated_without_need() -> None:
-    """Once the logs are known to match and nothing is left to send, nothing is sent. (FACTS 1.38.)"""
+    """Once the logs are known to match and nothing is left to send, nothing is sent. (TRAPS 38.)"""
     progress = replicating()
     assert not progress.may_send(last=9, window=8)
     assert progress.may_send(last=10, window=8)
 
 
 def test_window_limits_what_is_unanswered() -> None:
-    """As many messages as the window takes, and one more for each that is answered; with a window of 1, one. (FACTS
-    1.38.)"""
+    """As many messages as the window takes, and one more for each that is answered; with a window of 1, one. (TRAPS
+    38.)"""
     for window in (1, 3):
         progress = replicating()
         for n in range(window):
@@ -62,7 +62,7 @@ def test_one_acknowledgement_stands_for_all_before_it() -> None:
 
 
 def test_match_only_rises() -> None:
-    """Acknowledgements come late and twice. (FACTS 1.8; PySyncObj #167.)"""
+    """Acknowledgements come late and twice. (TRAPS 8; PySyncObj #167.)"""
     progress = replicating(20)
     progress.acknowledged(15)
     assert (progress.match, progress.next) == (20, 21)
@@ -71,7 +71,7 @@ def test_match_only_rises() -> None:
 
 
 def test_refusal_goes_back_but_not_below_match() -> None:
-    """The hint of a refusal is a hint: what is known to match stays so. (FACTS 1.8, 1.12.)"""
+    """The hint of a refusal is a hint: what is known to match stays so. (TRAPS 8, 12.)"""
     progress = probing(100)
     progress.sent(99, 0.0)
     progress.refused(40)
@@ -84,7 +84,7 @@ def test_refusal_goes_back_but_not_below_match() -> None:
 
 def test_stale_refusals_are_known_by_the_position_they_answer() -> None:
     """While probing, only the refusal of the newest probe counts, and it counts once; while replicating, none of what
-    is known to match does. (FACTS 1.12, 1.36.)"""
+    is known to match does. (TRAPS 12, 36.)"""
     progress = probing(100)
     assert progress.is_stale(99), "nothing was asked"
     progress.sent(99, 0.0)
@@ -101,8 +101,8 @@ def test_stale_refusals_are_known_by_the_position_they_answer() -> None:
 
 
 def test_lost_messages_are_sent_again_from_match() -> None:
-    """The link was cut: whatever was under way is forgotten, and a probe finds out where the member stands. (FACTS
-    1.36.)"""
+    """The link was cut: whatever was under way is forgotten, and a probe finds out where the member stands. (TRAPS
+    36.)"""
     progress = replicating(9)
     progress.sent(20, 0.0)
     progress.sent(30, 0.0)
@@ -114,7 +114,7 @@ def test_lost_messages_are_sent_again_from_match() -> None:
 
 def test_lost_probe_is_repeated_where_it_was() -> None:
     """While probing, `match` says nothing yet: to begin behind it would be to send the whole log. However often the
-    probe is lost or held back, it stays at its place, and goes on from the place of a hint. (FACTS 1.12, 1.38.)"""
+    probe is lost or held back, it stays at its place, and goes on from the place of a hint. (TRAPS 12, 38.)"""
     progress = probing(100)
     for again in (progress.lost, progress.hold_back, progress.lost):
         again()
@@ -132,7 +132,7 @@ def test_lost_probe_is_repeated_where_it_was() -> None:
 
 def test_member_that_takes_nothing_is_left_alone_until_it_is_released() -> None:
     """Its disk is full: asking again at once would keep both busy. A heartbeat later it is asked again, and its first
-    acknowledgement ends it all. (DESIGN 6.)"""
+    acknowledgement ends it all. (store docstring.)"""
     progress = replicating(9)
     progress.sent(10, 0.0)
     progress.hold_back()

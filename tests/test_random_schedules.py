@@ -215,7 +215,7 @@ class Chaos:
 def test_any_schedule_is_safe_and_converges_once_faults_end(seed: int) -> None:
     """Whatever is lost, repeated, reordered, cut, paused or crashed, the invariants hold after every turn; and when
     all is mended, one leader brings every member to one log, writes commit again, and no read is left without an
-    outcome. (Thesis 3.5-3.8, 6.4; FACTS 1.)"""
+    outcome. (Thesis 3.5-3.8, 6.4; TRAPS.)"""
     chaos = Chaos(seed)
     for _ in range(STEPS):
         chaos.step()
@@ -235,7 +235,7 @@ def test_any_schedule_is_safe_and_converges_once_faults_end(seed: int) -> None:
 
 
 def test_one_seed_gives_one_trace() -> None:
-    """The same seed sends the same bytes in the same order, so a failure can be repeated. (DESIGN 5, rule 11.)"""
+    """The same seed sends the same bytes in the same order, so a failure can be repeated. (rule 11.)"""
 
     def trace() -> list[tuple[str, bytes]]:
         chaos, seen = Chaos(11), list[tuple[str, bytes]]()

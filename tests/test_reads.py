@@ -1,4 +1,4 @@
-"""Linearizable reads: a leader proves that it still leads before it answers (DESIGN 5, rule 7)."""
+"""Linearizable reads: a leader proves that it still leads before it answers (rule 7)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_read_is_answered_after_one_round() -> None:
 
 def test_read_is_not_answered_by_belief() -> None:
     """The leader hears nobody, and has not noticed yet: the read waits, and is dropped when the leadership ends.
-    (Thesis 6.4; FACTS 1.20.)"""
+    (Thesis 6.4; TRAPS 20.)"""
     network = led_by_1()
     network.isolate("1")
     network.read("1", "r")
@@ -64,7 +64,7 @@ def test_read_is_not_answered_by_belief() -> None:
 
 def test_deposed_leader_answers_nothing_old() -> None:
     """The leader is cut off, another one is elected and commits a write. A read at the old one, which still believes,
-    must not be answered from its state, neither during the cut nor after it. (Thesis 6.4; FACTS 1.20.)"""
+    must not be answered from its state, neither during the cut nor after it. (Thesis 6.4; TRAPS 20.)"""
     network = led_by_1()
     network.isolate("1")
     network.elect("2")
@@ -81,7 +81,7 @@ def test_deposed_leader_answers_nothing_old() -> None:
 
 def test_answer_to_an_older_heartbeat_confirms_nothing() -> None:
     """A majority's answers were under way when the read came: they left before it, and a new leader may have been
-    elected in between. Only a round that starts after the read counts. (Thesis 6.4; FACTS 1.20.)"""
+    elected in between. Only a round that starts after the read counts. (Thesis 6.4; TRAPS 20.)"""
     network = led_by_1()
     network.read("1", "first")
     network.deliver()
@@ -103,7 +103,7 @@ def test_answer_to_an_older_heartbeat_confirms_nothing() -> None:
 
 def test_reads_share_a_round() -> None:
     """Many reads of one turn start one round; those that come while it runs share the next, and are not answered by the
-    first. (Thesis 6.4; FACTS 1.20.)"""
+    first. (Thesis 6.4; TRAPS 20.)"""
     network = led_by_1()
     before = network["1"].raft.reads.number
     for n in range(10):
@@ -132,7 +132,7 @@ def test_round_is_repeated_with_the_heartbeat() -> None:
 
 
 def test_answers_of_one_member_are_one() -> None:
-    """A member's answer comes again and again: in five members, leader and one other are no majority. (FACTS 1.36.)"""
+    """A member's answer comes again and again: in five members, leader and one other are no majority. (TRAPS 36.)"""
     network = led_by_1(5)
     network.read("1", "r")
     network.drop()
@@ -159,7 +159,7 @@ def test_learners_confirm_nothing() -> None:
 
 def test_acknowledged_entries_confirm_no_round() -> None:
     """An answer to entries says nothing of when the leader was confirmed: it may be older than the read. (Thesis 6.4;
-    FACTS 1.20.)"""
+    TRAPS 20.)"""
     network = led_by_1()
     network.propose("1", "colour")
     network.deliver(2)
@@ -176,7 +176,7 @@ def test_acknowledged_entries_confirm_no_round() -> None:
 
 def test_no_reads_before_the_no_op_has_committed() -> None:
     """A new leader has all that is committed, but does not know how far that is: it may serve no read until an entry of
-    its own term has committed. (Thesis 6.4; FACTS 1.6, 1.20; etcd #7331.)"""
+    its own term has committed. (Thesis 6.4; TRAPS 6, 20; etcd #7331.)"""
     network = led_by_1()
     network.cut("1", "3")
     network.propose("1", "chosen")
@@ -202,7 +202,7 @@ def test_no_reads_before_the_no_op_has_committed() -> None:
 
 
 def test_commit_of_an_older_term_opens_no_reads() -> None:
-    """The new leader knows of commits of an older term, more than one: its own no-op is what counts. (FACTS 1.6; TiKV
+    """The new leader knows of commits of an older term, more than one: its own no-op is what counts. (TRAPS 6; TiKV
     #9208 looked at the wrong term.)"""
     network = led_by_1()
     network.propose("1", "a", "b", "c")
@@ -228,7 +228,7 @@ def test_followers_serve_no_linearizable_read() -> None:
 
 def test_rounds_are_never_numbered_twice() -> None:
     """The same member leads term after term: the numbers of its rounds go on, so a late answer of an older leadership
-    can't be taken for one of this. (FACTS 1.21; etcd #20418.)"""
+    can't be taken for one of this. (TRAPS 21; etcd #20418.)"""
     network = led_by_1()
     seen: list[int] = []
     for n in range(4):
@@ -243,7 +243,7 @@ def test_rounds_are_never_numbered_twice() -> None:
 
 def test_late_answer_of_an_older_leadership_confirms_nothing() -> None:
     """A round of term 1 was never finished. The same member leads again, with a read of its own waiting, when the
-    answers of term 1 arrive. (FACTS 1.21; etcd #20418.)"""
+    answers of term 1 arrive. (TRAPS 21; etcd #20418.)"""
     network = led_by_1()
     network.read("1", "old")
     old = network["1"].raft.reads.number
@@ -262,7 +262,7 @@ def test_late_answer_of_an_older_leadership_confirms_nothing() -> None:
 
 
 def test_answers_of_a_finished_round_are_ignored() -> None:
-    """The slow member's answer to a round that is over arrives while the next one runs. (FACTS 1.21.)"""
+    """The slow member's answer to a round that is over arrives while the next one runs. (TRAPS 21.)"""
     network = led_by_1()
     network.read("1", "first")
     network.drop()
@@ -277,7 +277,7 @@ def test_answers_of_a_finished_round_are_ignored() -> None:
 
 
 def test_higher_term_in_an_answer_drops_the_reads_before_it_counts() -> None:
-    """The very answer that would complete the majority says that the leadership is over. (FACTS 1.21; etcd
+    """The very answer that would complete the majority says that the leadership is over. (TRAPS 21; etcd
     raft#397.)"""
     network = led_by_1()
     network.read("1", "r")
@@ -292,7 +292,7 @@ def test_higher_term_in_an_answer_drops_the_reads_before_it_counts() -> None:
 
 def test_confirmed_read_waits_until_its_commit_is_applied() -> None:
     """Much was committed before the read, and it is handed out in small batches: the read is let go only with the batch
-    that contains the last of it. (Thesis 6.4; FACTS 1.20.)"""
+    that contains the last of it. (Thesis 6.4; TRAPS 20.)"""
     network = led_by_1(settings=Settings(batch_bytes=1))
     raft = network["1"].raft
     commit_ids = [raft.propose(put(f"k{n}")) for n in range(5)]
@@ -315,7 +315,7 @@ def test_confirmed_read_waits_until_its_commit_is_applied() -> None:
 
 def test_confirmed_read_that_still_waits_is_dropped_with_the_leadership() -> None:
     """Its round is confirmed, its commit is not applied when the leadership ends: the token comes back as dropped,
-    once. (FACTS 1.21.)"""
+    once. (TRAPS 21.)"""
     network = led_by_1(settings=Settings(batch_bytes=1))
     raft = network["1"].raft
     commit_ids = [raft.propose(put(f"k{n}")) for n in range(5)]
@@ -346,7 +346,7 @@ def test_read_needs_no_write_that_came_after_it() -> None:
 
 def test_stalled_leader_drops_its_reads() -> None:
     """A leader is stopped with a read waiting; answers pile up, another member is elected and writes. When it wakes,
-    the read is dropped, whatever the old answers say. (FACTS 1.18, 1.20; etcd #20418.)"""
+    the read is dropped, whatever the old answers say. (TRAPS 18, 20; etcd #20418.)"""
     network = led_by_1()
     network.read("1", "r")
     network.deliver(2)
@@ -364,7 +364,7 @@ def test_stalled_leader_drops_its_reads() -> None:
 
 
 def test_cluster_of_one_confirms_itself() -> None:
-    """The only voter is its own majority: a read needs no message and no wait. (Thesis 6.4; FACTS 3, N=1.)"""
+    """The only voter is its own majority: a read needs no message and no wait. (Thesis 6.4; TRAPS, etcd, N=1.)"""
     network = Network(1)
     network.turn("1")
     network.propose("1", "colour")
@@ -374,7 +374,7 @@ def test_cluster_of_one_confirms_itself() -> None:
 
 
 def test_cluster_of_one_answers_nothing_before_its_first_write() -> None:
-    """It leads as soon as it runs, but knows what is committed only when its no-op is on disk. (FACTS 1.6, N=1.)"""
+    """It leads as soon as it runs, but knows what is committed only when its no-op is on disk. (TRAPS 6, N=1.)"""
     network = Network(1)
     network.crash("1", CrashPoint.BEFORE_WRITE)
     seen: list[bool] = []

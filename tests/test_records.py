@@ -1,5 +1,5 @@
-"""Records: what is written is what is read, and no flipped bit goes unnoticed (DESIGN 6; FACTS 2: LMDB has no
-checksums, and 280 of 300 flipped bits came back as wrong values in silence)."""
+"""Records: what is written is what is read, and no flipped bit goes unnoticed (store docstring; TRAPS, LMDB: LMDB has
+no checksums, and 280 of 300 flipped bits came back as wrong values in silence)."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_the_bytes_of_an_entry_are_fixed() -> None:
 )
 def test_every_flipped_bit_of_an_entry_is_noticed(command: Raw) -> None:
     """Each single bit of the record, flipped, breaks the format or the checksum; and so does the record put at another
-    commit_id or behind another history (FACTS 1.37)."""
+    commit_id or behind another history (TRAPS 37)."""
     previous = 0x1234
     written = entry(5, 9, 1_700_000_000_000, bytes(command), previous)
     stored = records.pack_entry(written)
@@ -126,7 +126,7 @@ def test_every_flipped_bit_of_an_entry_is_noticed(command: Raw) -> None:
 @given(commands=st.lists(commands, min_size=2, max_size=6), data=st.data())
 def test_a_change_is_seen_in_all_that_follows(commands: list[bytes], data: st.DataObject) -> None:
     """The checksum is rolling: when one bit of one entry differs, the checksums of that entry and of each later one
-    differ, so equal checksums at one commit_id mean equal histories up to there (DESIGN 6)."""
+    differ, so equal checksums at one commit_id mean equal histories up to there (store docstring)."""
     at = data.draw(st.integers(0, len(commands) - 1))
     bit = data.draw(st.integers(0, 8 * len(commands[at]) - 1))
     changed = bytearray(commands[at])
@@ -225,7 +225,7 @@ def test_a_fact_comes_back(name: bytes, fact: tuple[Any, Any]) -> None:
 
 def test_every_flipped_bit_of_a_fact_is_noticed() -> None:
     """Each single bit of a ballot, flipped, is StoreDamaged in words that name the record: a node must not vote twice
-    because of it (FACTS 1.1). So is each shorter record, and a record of one name under another."""
+    because of it (TRAPS 1). So is each shorter record, and a record of one name under another."""
     stored = records.pack_meta(b"ballot", Ballot(7, "127.0.0.1:5001"))
     for bad in [*flipped_each(stored), *(stored[:length] for length in range(len(stored))), stored + b" "]:
         with pytest.raises(StoreDamaged, match="'ballot'"):

@@ -1,4 +1,4 @@
-"""How entries get from the leader to the others, and when they are committed (DESIGN 5, rules 4-6)."""
+"""How entries get from the leader to the others, and when they are committed (rules 4-6)."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ def test_write_does_not_commit_without_a_majority() -> None:
 
 def test_leader_sends_before_its_own_write_and_counts_itself_after() -> None:
     """The leader's entries are on their way before its disk has them. One follower of two acknowledges faster than that
-    disk: one durable copy is no majority of three; with the leader's own write there are two. (Thesis 10.2.1; FACTS
-    1.2.)"""
+    disk: one durable copy is no majority of three; with the leader's own write there are two. (Thesis 10.2.1; TRAPS
+    2.)"""
     network = led_by_1()
     member = network["1"]
     commit_id = member.raft.propose(put("colour"))
@@ -114,7 +114,7 @@ def test_majority_of_followers_commits_without_the_leaders_own_copy() -> None:
 
 def test_leader_alone_commits_after_its_write_and_never_before() -> None:
     """In a cluster of one the leader's own write is the whole commit rule. It dies before the write: nothing happened;
-    after it: the entry is there when it comes back. (FACTS 1.2; etcd #14370.)"""
+    after it: the entry is there when it comes back. (TRAPS 2; etcd #14370.)"""
     network = Network(1)
     network.turn("1")
     network.crash("1", CrashPoint.BEFORE_WRITE)
@@ -133,7 +133,7 @@ def test_leader_alone_commits_after_its_write_and_never_before() -> None:
 @pytest.mark.parametrize("point", [CrashPoint.BEFORE_WRITE, CrashPoint.AFTER_WRITE])
 def test_follower_acknowledges_nothing_before_it_is_on_disk(point: CrashPoint) -> None:
     """A follower dies in the turn in which it takes entries: no acknowledgement leaves it, and the leader, which needs
-    it for a majority, has not committed. (Thesis 3.8; FACTS 1.2.)"""
+    it for a majority, has not committed. (Thesis 3.8; TRAPS 2.)"""
     network = led_by_1()
     network.crash("3")
     network.crash("2", point)
@@ -148,7 +148,7 @@ def test_follower_acknowledges_nothing_before_it_is_on_disk(point: CrashPoint) -
 
 def test_new_leader_begins_with_a_no_op() -> None:
     """First of all a new leader appends an empty entry of its own term: with it commits what earlier terms have left,
-    and what clients write comes after it. (Thesis 3.6.2, 6.4; FACTS 1.6.)"""
+    and what clients write comes after it. (Thesis 3.6.2, 6.4; TRAPS 6.)"""
     network = led_by_1()
     network.cut("1", "3")
     network.propose("1", "left over")
@@ -168,7 +168,7 @@ def test_figure_8() -> None:
     """The thesis' own counter-example. "1" leads term 1 and gets an entry to "2" only; "5" leads term 2 and writes one
     of its own, to nobody; "1" leads again and copies its old entry to "3": now it is on a majority, but "5", with the
     higher term at the end of its log, can still win and overwrite it. So it must not count as committed until an entry
-    of the new term is on a majority as well. (Thesis figure 3.7, 3.6.2; FACTS 1.5.)"""
+    of the new term is on a majority as well. (Thesis figure 3.7, 3.6.2; TRAPS 5.)"""
     network = Network(5, settings=Settings(batch_entries=1))
     network.elect("1")
     network.run(SETTLED)
@@ -218,7 +218,7 @@ def test_figure_8() -> None:
 
 def test_old_entry_commits_with_the_first_one_of_the_new_term() -> None:
     """The other end of figure 8: the entry of the new term gets to a majority, and the older one commits with it.
-    (Thesis figure 3.7, 3.6.2; FACTS 1.5.)"""
+    (Thesis figure 3.7, 3.6.2; TRAPS 5.)"""
     network = Network(3)
     network.give_log("1", 1, 1, 2)
     network.elect("1")
@@ -229,7 +229,7 @@ def test_old_entry_commits_with_the_first_one_of_the_new_term() -> None:
 
 def test_entry_of_a_deposed_leader_may_still_commit() -> None:
     """A leader loses its leadership between append and commit. Its client must not be told "failed": the entry is on
-    another disk, whose owner is elected and commits it. The outcome was open. (Thesis 3.6; FACTS 1.24.)"""
+    another disk, whose owner is elected and commits it. The outcome was open. (Thesis 3.6; TRAPS 24.)"""
     network = led_by_1()
     network.propose("1", "open")
     network.drop("1", "3")
@@ -245,7 +245,7 @@ def test_entry_of_a_deposed_leader_may_still_commit() -> None:
 
 
 def test_entry_of_a_deposed_leader_may_also_be_overwritten() -> None:
-    """The other outcome: nobody else has it, and the next leader's log takes its place. (Thesis 3.6; FACTS 1.24.)"""
+    """The other outcome: nobody else has it, and the next leader's log takes its place. (Thesis 3.6; TRAPS 24.)"""
     network = led_by_1()
     network.isolate("1")
     network.propose("1", "open", "open too")
@@ -260,7 +260,7 @@ def test_entry_of_a_deposed_leader_may_also_be_overwritten() -> None:
 
 def test_only_a_leader_appends() -> None:
     """Role and append are checked in the same step: a deposed leader can't append under a term that is not its own.
-    (FACTS 1.10; camunda #5360.)"""
+    (TRAPS 10; camunda #5360.)"""
     network = led_by_1()
     with pytest.raises(AssertionError, match="only a leader appends"):
         network["2"].raft.propose(put("colour"))
@@ -272,7 +272,7 @@ def test_only_a_leader_appends() -> None:
 
 def test_everyone_dies_and_the_committed_write_is_there() -> None:
     """The cluster loses its power after an acknowledgement: whoever is elected has the write, as a majority of the
-    disks does. (Thesis 3.6.3, 3.8; FACTS 1.1, 1.27.)"""
+    disks does. (Thesis 3.6.3, 3.8; TRAPS 1, 27.)"""
     for first in ("1", "2"):
         network = led_by_1()
         network.crash("3")
@@ -324,7 +324,7 @@ def test_entries_are_refused_unless_the_one_before_matches() -> None:
 
 def test_conflicting_suffix_is_replaced() -> None:
     """The thesis' follower (f): two terms of entries that were never committed give way to the leader's. (Thesis
-    figure 3.6; FACTS 1.9.)"""
+    figure 3.6; TRAPS 9.)"""
     network = Network(3)
     network.give_log("2", 1, 1, 1, 2, 2, 2, 3, 3, 3, 3, 3)
     answer = ask(network, "2", data(4, EntryId(1, 3), *history(1, 1, 1, 4, 4)[3:]))
@@ -334,7 +334,7 @@ def test_conflicting_suffix_is_replaced() -> None:
 
 def test_equal_entries_cut_nothing() -> None:
     """Messages of the leader arrive late, twice and in any order: one that holds less than the follower already has
-    takes nothing away, and acknowledges only what it held itself. (Thesis 3.5; FACTS 1.8, 1.9; RaftOS #26 erased
+    takes nothing away, and acknowledges only what it held itself. (Thesis 3.5; TRAPS 8, 9; RaftOS #26 erased
     committed entries here.)"""
     network = Network(3)
     log = history(1, 1, 1, 1)
@@ -347,7 +347,7 @@ def test_equal_entries_cut_nothing() -> None:
 
 def test_committed_entry_is_never_cut() -> None:
     """A message that would replace a committed entry can only come from a defect or from damage: the member does not
-    obey, and says why. (Thesis 3.6; FACTS 1.9.)"""
+    obey, and says why. (Thesis 3.6; TRAPS 9.)"""
     network = Network(3)
     network.give_log("1", 1, 1)
     ask(network, "2", data(1, GENESIS, *history(1, 1), commit_id=2))
@@ -360,7 +360,7 @@ def test_committed_entry_is_never_cut() -> None:
 
 def test_follower_commits_no_further_than_the_message_has_checked() -> None:
     """The follower's log is longer than what the leader's message covers, and the leader has committed beyond: what
-    lies past the message may be another history, so it does not commit. (FACTS 1.7; PySyncObj #166.)"""
+    lies past the message may be another history, so it does not commit. (TRAPS 7; PySyncObj #166.)"""
     network = Network(3)
     network.give_log("1", 1, 1, 1, 1, 1)
     network.give_log("2", 1, 1, 1, 1, 1)
@@ -373,7 +373,7 @@ def test_follower_commits_no_further_than_the_message_has_checked() -> None:
 
 def test_heartbeat_commits_no_further_than_was_matched() -> None:
     """A heartbeat says what is committed and checks nothing: the follower commits up to what this leader's data has
-    matched, and before the first data nothing. (FACTS 1.7; DESIGN 5, rule 6.)"""
+    matched, and before the first data nothing. (TRAPS 7; rule 6.)"""
     network = Network(3)
     network.give_log("1", 1, 1, 1, 1)
     network.give_log("2", 1, 1, 1, 1)
@@ -386,7 +386,7 @@ def test_heartbeat_commits_no_further_than_was_matched() -> None:
 
 
 def test_commit_id_never_goes_back() -> None:
-    """Late messages carry an older commit_id. (FACTS 1.7.)"""
+    """Late messages carry an older commit_id. (TRAPS 7.)"""
     network = Network(3)
     network.give_log("1", 1, 1, 1)
     log = history(1, 1, 1)
@@ -399,7 +399,7 @@ def test_commit_id_never_goes_back() -> None:
 def test_heartbeat_of_a_later_term_commits_nothing_that_this_leader_has_not_checked() -> None:
     """A member stops (SIGSTOP) while "1" leads; its newest entry, never committed, is replaced under another leader,
     and "1" is elected anew. When the member wakes, a heartbeat of "1" overtakes its data: what matched in the old term
-    says nothing of the new one, so nothing may be committed by it. (Thesis 3.5; FACTS 1.7; DESIGN 5, rule 6.)"""
+    says nothing of the new one, so nothing may be committed by it. (Thesis 3.5; TRAPS 7; rule 6.)"""
     network = Network(5)
     network.elect("1")
     network.run(SETTLED)
@@ -428,7 +428,7 @@ def test_heartbeat_of_a_later_term_commits_nothing_that_this_leader_has_not_chec
 
 
 def test_what_matched_with_one_leader_says_nothing_of_the_next() -> None:
-    """Another leader's heartbeat arrives before its data. (FACTS 1.7; DESIGN 5, rule 6.)"""
+    """Another leader's heartbeat arrives before its data. (TRAPS 7; rule 6.)"""
     network = Network(3)
     ask(network, "2", data(1, GENESIS, *history(1, 1, 1)))
     network.ask("3", "2", Heartbeat(term=2, leader="3", commit_id=3))
@@ -439,7 +439,7 @@ def test_what_matched_with_one_leader_says_nothing_of_the_next() -> None:
 
 def test_two_leaders_of_one_term_are_not_both_followed() -> None:
     """It can't happen; should it, through a disk that was put back from a copy, say, the member stays with the one that
-    it follows, and tells the other. (Thesis 3.4; FACTS 1.34.)"""
+    it follows, and tells the other. (Thesis 3.4; TRAPS 34.)"""
     network = Network(3)
     ask(network, "2", data(1, GENESIS, *history(1)))
     answer = ask(network, "2", data(1, EntryId(1, 1), history(1, 1)[1], leader="3"))
@@ -450,7 +450,7 @@ def test_two_leaders_of_one_term_are_not_both_followed() -> None:
 
 def test_entries_of_another_history_are_refused_and_told() -> None:
     """Terms fit, but checksums say that the two logs differ: one of them is damaged. Nothing is staged, the leader is
-    told why, and does not ask again before its next heartbeat. (DESIGN 6; FACTS 1.37.)"""
+    told why, and does not ask again before its next heartbeat. (store docstring; TRAPS 37.)"""
     network = led_by_1()
     (commit_id,) = network.propose("1", "colour")
     network.drop()
@@ -481,7 +481,7 @@ def test_entries_of_another_history_are_refused_and_told() -> None:
 @pytest.mark.parametrize("command", [b'{"kind":"fly"}', b'{"kind":"put","namespace":"n","key":"","value":1}', b"7"])
 def test_command_that_cannot_be_applied_is_not_staged(command: bytes) -> None:
     """An entry that this version does not understand, or could not apply, must not be acknowledged: it would count as a
-    copy on a node that stops when it commits. Nothing is staged, and the leader is told why. (FACTS 1.26.)"""
+    copy on a node that stops when it commits. Nothing is staged, and the leader is told why. (TRAPS 26.)"""
     network = Network(3)
     checksum = chain(0, 1, 1, 0, command)
     answer = ask(network, "2", data(1, GENESIS, Entry(1, 1, 0, checksum, msgspec.Raw(command))))
@@ -503,7 +503,7 @@ def test_message_whose_entries_do_not_follow_each_other_is_not_taken() -> None:
 
 def test_full_disk_keeps_the_leader_and_refuses_its_entries() -> None:
     """The driver finds no room: the leader is heard, so there is no election, but its entries are not taken, and it
-    asks again at its next heartbeat, not at once. (DESIGN 6, "room is watched".)"""
+    asks again at its next heartbeat, not at once. (store docstring, "room is watched".)"""
     network = led_by_1()
     due = network["2"].raft._election_due
     network.now += BEAT
@@ -538,7 +538,7 @@ def test_full_disk_keeps_the_leader_and_refuses_its_entries() -> None:
 )
 def test_follower_catches_up_in_a_few_rounds(own: list[int], leaders: list[int], rounds_max: int) -> None:
     """Thousands of entries lie between where the logs part and where they end. The refusal's hint skips a whole term at
-    a time, on both sides, so the leader finds the place in at most one round for each term. (Thesis 3.5; FACTS 1.12;
+    a time, on both sides, so the leader finds the place in at most one round for each term. (Thesis 3.5; TRAPS 12;
     etcd's findConflictByTerm.)"""
     network = Network(3, settings=Settings(batch_entries=10_000))
     network.give_log("2", *own)
@@ -558,7 +558,7 @@ def test_follower_catches_up_in_a_few_rounds(own: list[int], leaders: list[int],
 def test_restarted_follower_does_not_wait_for_the_next_write() -> None:
     """A follower dies before it has written what it learned to be committed, and does not know any more how far its log
     matches; nobody writes. The leader sees from its answer to a heartbeat that it commits less than it was told, asks
-    again where it stands, and the follower commits. (DESIGN 5, rule 6.)"""
+    again where it stands, and the follower commits. (rule 6.)"""
     network = led_by_1()
     network.propose("1", "colour")
     network.deliver()
@@ -573,7 +573,7 @@ def test_restarted_follower_does_not_wait_for_the_next_write() -> None:
 
 def test_new_member_of_the_majority_is_fed_from_the_disk() -> None:
     """A follower is down for longer than the leader keeps entries in memory: the older ones come from the disk, in
-    batches. (DESIGN 4.)"""
+    batches. (package docstring.)"""
     network = led_by_1(settings=Settings(kept_entries=3, batch_entries=7))
     network.crash("3")
     for n in range(50):
@@ -589,8 +589,8 @@ def test_new_member_of_the_majority_is_fed_from_the_disk() -> None:
 def test_member_that_a_new_leader_could_not_reach_is_not_sent_the_whole_log(trouble: str) -> None:
     """The first message of a new leader to a member comes to nothing: the member is down, as is usual when there is an
     election, or the message is lost, or the member's disk is full. Nothing matches yet that the leader knows of, and
-    still it asks at the end of its log again, not at the beginning: the member's hint finds the place. (FACTS 1.12,
-    1.38.)"""
+    still it asks at the end of its log again, not at the beginning: the member's hint finds the place. (TRAPS 12,
+    38.)"""
     network = led_by_1(settings=Settings(batch_entries=10))
     network.propose("1", *[f"k{n}" for n in range(300)])
     network.run(SETTLED)
@@ -624,7 +624,7 @@ def test_member_that_a_new_leader_could_not_reach_is_not_sent_the_whole_log(trou
 
 def test_link_that_was_cut_is_probed_anew() -> None:
     """The link to a follower breaks with messages under way. The leader does not wait for their answers: it asks where
-    the follower stands, and goes on from there. (FACTS 1.36.)"""
+    the follower stands, and goes on from there. (TRAPS 36.)"""
     network = led_by_1()
     network.propose("1", "colour")
     assert network.drop("1", "2") == 1
@@ -638,7 +638,7 @@ def test_link_that_was_cut_is_probed_anew() -> None:
 
 def test_lost_message_is_repeated_without_anybody_noticing_the_loss() -> None:
     """No link was cut, yet a message never arrives. After an election timeout without an answer it counts as lost.
-    (FACTS 1.36.)"""
+    (TRAPS 36.)"""
     network = led_by_1()
     network.propose("1", "colour")
     assert network.drop("1", "2") == 1
@@ -650,7 +650,7 @@ def test_lost_message_is_repeated_without_anybody_noticing_the_loss() -> None:
 
 def test_late_refusal_does_not_send_the_leader_back() -> None:
     """A refusal is delivered a second time, long after the follower has caught up. It is known as old by the position
-    that it answers, and never makes `next` fall to `match` or below. (FACTS 1.8, 1.12.)"""
+    that it answers, and never makes `next` fall to `match` or below. (TRAPS 8, 12.)"""
     network = Network(3)
     network.give_log("2", 1, 1)
     network.give_log("1", 1, 1, 2, 2)
@@ -677,7 +677,7 @@ def test_late_refusal_does_not_send_the_leader_back() -> None:
 
 def test_match_never_goes_back() -> None:
     """Acknowledgements arrive in the wrong order. What the older one says was true and stays true, but the newer one
-    counts. (FACTS 1.8; PySyncObj #167.)"""
+    counts. (TRAPS 8; PySyncObj #167.)"""
     network = led_by_1(settings=Settings(window_batches=8))
     for n in range(4):
         network.propose("1", f"k{n}")
@@ -695,7 +695,7 @@ def test_match_never_goes_back() -> None:
 
 def test_acknowledgement_of_an_earlier_term_does_not_count() -> None:
     """ "1" led term 1, lost, and leads again. An acknowledgement from term 1 arrives late: it tells of entries that may
-    have been replaced since. (FACTS 1.8, 1.36; raft.tla #18.)"""
+    have been replaced since. (TRAPS 8, 36; raft.tla #18.)"""
     network = Network(3)
     network.elect("1")
     network.turn("1", lambda raft: raft.take("3", HeartbeatAnswer(term=5, commit_id=0)))
@@ -714,7 +714,7 @@ def test_acknowledgement_of_an_earlier_term_does_not_count() -> None:
 
 def test_acknowledgement_of_what_was_never_sent_counts_for_nothing() -> None:
     """A follower can't hold more of this leader's log than there is: who says so is not believed, and the leader goes
-    on and says why. (FACTS 1.8.)"""
+    on and says why. (TRAPS 8.)"""
     network = led_by_1()
     raft = network["1"].raft
     match = raft.progress["2"].match
@@ -731,7 +731,7 @@ def test_acknowledgement_of_what_was_never_sent_counts_for_nothing() -> None:
 @pytest.mark.parametrize("batch", [1, 4])
 def test_window_and_batch_are_limits(window: int, batch: int) -> None:
     """However much there is to send: no message holds more entries than a batch, and no more messages than the window
-    are unanswered; everything arrives all the same. (FACTS 1.38.)"""
+    are unanswered; everything arrives all the same. (TRAPS 38.)"""
     network = led_by_1(settings=Settings(window_batches=window, batch_entries=batch))
     network.propose("1", *[f"k{n}" for n in range(40)])
     sizes: set[int] = set()
@@ -748,8 +748,8 @@ def test_window_and_batch_are_limits(window: int, batch: int) -> None:
 
 def test_one_member_may_be_fed_out_of_turn() -> None:
     """The driver is asked to send one member what it needs: entries if it lacks some and its window has room, else a
-    heartbeat; or to send heartbeats to all. Who does not lead, or is asked about a stranger, sends nothing. (DESIGN 3,
-    `Election.send_heartbeat`.)"""
+    heartbeat; or to send heartbeats to all. Who does not lead, or is asked about a stranger, sends nothing. (published
+    interface, `Election.send_heartbeat`.)"""
     network = led_by_1()
     raft = network["1"].raft
     network.turn("1", lambda raft: raft.feed("2"))
@@ -771,7 +771,7 @@ def test_one_member_may_be_fed_out_of_turn() -> None:
 
 
 def test_batch_ends_by_size_and_one_large_entry_goes_alone() -> None:
-    """A batch stops before the size limit; an entry larger than the limit is sent all the same. (FACTS 1.38.)"""
+    """A batch stops before the size limit; an entry larger than the limit is sent all the same. (TRAPS 38.)"""
     network = led_by_1(settings=Settings(batch_bytes=300))
     network.propose("1", "a", "b", "x" * 400, "c", "d")
     network.deliver(1)
@@ -782,8 +782,8 @@ def test_batch_ends_by_size_and_one_large_entry_goes_alone() -> None:
 
 
 def test_unanswering_member_holds_nothing() -> None:
-    """A dead follower costs one window of messages and one heartbeat a beat, not one message for each write. (FACTS
-    1.38.)"""
+    """A dead follower costs one window of messages and one heartbeat a beat, not one message for each write. (TRAPS
+    38.)"""
     network = led_by_1()
     network.cut("1", "3")
     for n in range(100):
@@ -795,7 +795,7 @@ def test_unanswering_member_holds_nothing() -> None:
 
 def test_uncommitted_bytes_return_to_zero() -> None:
     """The leader knows how much it has staged and not committed, so that the driver can refuse more; when all of it is
-    committed, or its leadership ends, that is nothing. (FACTS 1.38.)"""
+    committed, or its leadership ends, that is nothing. (TRAPS 38.)"""
     network = led_by_1()
     assert network["1"].raft.uncommitted_bytes == 0
     network.isolate("1")
@@ -823,7 +823,7 @@ def test_uncommitted_bytes_return_to_zero() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_data_that_is_lost_repeated_and_reordered_makes_one_log(seed: int) -> None:
     """Every data message and every answer may be lost, come twice, or come in any order, with many under way; every log
-    ends equal, and every write is there once, in the order of the leader. (Thesis 3.5; FACTS 1.8, 1.9, 1.36.)"""
+    ends equal, and every write is there once, in the order of the leader. (Thesis 3.5; TRAPS 8, 9, 36.)"""
     print(f"seed {seed}")  # noqa: T201 - shown when the test fails
     chance = random.Random(seed)
     network = Network(3, seed, Settings(window_batches=4, batch_entries=2))

@@ -1,4 +1,5 @@
-"""The store: what is on disk after opening, closing, killing, failing and damaging it (DESIGN 6, FACTS 2)."""
+"""The store: what is on disk after opening, closing, killing, failing and damaging it (store docstring, TRAPS,
+LMDB)."""
 
 from __future__ import annotations
 
@@ -143,7 +144,8 @@ def position(commit_id: int) -> bytes:
 
 
 class OnDisk:
-    """The directory read with nothing but LMDB, struct, zlib and json: a second opinion on the format (DESIGN 6)."""
+    """The directory read with nothing but LMDB, struct, zlib and json: a second opinion on the format (store
+    docstring)."""
 
     def __init__(self, directory: Path) -> None:
         with raw(directory, readonly=True) as env, env.begin() as txn:
@@ -247,7 +249,7 @@ def inject(fault: str, trace: Path) -> tuple[str, ...]:
 
 def test_a_new_directory_gets_an_id_and_keeps_everything(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """What a node must not forget is there after a restart: its id, its cluster, the ballot, commit_id, values,
-    memberships, and staged entries still staged (DESIGN 6, "Restart")."""
+    memberships, and staged entries still staged (store docstring, "Restart")."""
     directory = tmp_path / "deep" / "node"
     store = opened(directory)
     assert re.fullmatch("[0-9a-f]{16}", store.node_id)
@@ -286,7 +288,7 @@ def test_a_new_directory_gets_an_id_and_keeps_everything(tmp_path: Path, opened:
 
 def test_what_was_not_written_is_not_there(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """Only `write` makes a thing durable: entries and effects that are in memory alone are gone after a close, and
-    nobody was told of them (FACTS 1.2)."""
+    nobody was told of them (TRAPS 2)."""
     store = opened(tmp_path)
     store.found(ADDRESS, MEMBERS)
     stage(store, put_command("a", "one"))
@@ -301,7 +303,7 @@ def test_what_was_not_written_is_not_there(tmp_path: Path, opened: Callable[...,
 
 
 def test_an_unknown_type_of_store_is_refused() -> None:
-    """A wrong word is an error that names the right ones (DESIGN 3)."""
+    """A wrong word is an error that names the right ones (published interface)."""
     with pytest.raises(ConfigError, match="memory and database"):
         Store("databse")
 
@@ -319,7 +321,7 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
 
 def test_a_memory_store_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A memory store is the same code over a throw-away directory: it works, two do not meet, and nothing is left
-    of them, nor of one that could not be opened (DESIGN 3)."""
+    of them, nor of one that could not be opened (published interface)."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     first, second = Store(), Store("memory", tmp_path / "ignored")
     for store, value in ((first, "one"), (second, "two")):
@@ -341,7 +343,7 @@ def test_a_memory_store_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_a_second_store_of_this_process_is_refused(tmp_path: Path, opened: Callable[..., Store]) -> None:
-    """LMDB would let two write in turns, which ruins the log between them (FACTS 2, "second process opens"); the
+    """LMDB would let two write in turns, which ruins the log between them (TRAPS, LMDB, "second process opens"); the
     first is not disturbed, and after its close the directory is free."""
     first = opened(tmp_path)
     with pytest.raises(StoreInUse, match="in use"):
@@ -367,7 +369,7 @@ def test_a_second_process_is_refused_until_the_first_is_killed(tmp_path: Path, o
 
 def test_founding_fixes_membership_and_address(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """The membership of the first start stays, whatever later starts are given; the directory of one node does not
-    open at another address (DESIGN 5, rule 9)."""
+    open at another address (rule 9)."""
     store = opened(tmp_path)
     store.found(ADDRESS, MEMBERS)
     assert store.journal.membership.voters == {**dict.fromkeys(MEMBERS, ""), ADDRESS: store.node_id}
@@ -384,7 +386,7 @@ def test_founding_fixes_membership_and_address(tmp_path: Path, opened: Callable[
 
 def test_founding_needs_no_own_address_among_the_members(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """`members` with or without the own address, in any order, make the same cluster; another set makes another, so
-    that nodes started with different lists refuse each other (FACTS 1.35)."""
+    that nodes started with different lists refuse each other (TRAPS 35)."""
     given = [MEMBERS, MEMBERS[1:], MEMBERS[::-1], MEMBERS[:2], [], [*MEMBERS, "127.0.0.1:5004"]]
     ids = []
     for n, members in enumerate(given):
@@ -399,7 +401,7 @@ def test_founding_needs_no_own_address_among_the_members(tmp_path: Path, opened:
 
 
 def test_a_lost_data_file_is_not_a_new_node(tmp_path: Path, opened: Callable[..., Store]) -> None:
-    """A node that forgot its votes must not vote under its old directory (FACTS 1.34): data file gone, or emptied.
+    """A node that forgot its votes must not vote under its old directory (TRAPS 34): data file gone, or emptied.
     An emptied directory is a new node with a new id."""
     a_store_with(tmp_path, 2, 1)
     file = tmp_path / "raftnode.mdb"
@@ -420,7 +422,7 @@ def test_a_lost_data_file_is_not_a_new_node(tmp_path: Path, opened: Callable[...
 
 def test_a_data_file_that_was_swapped_for_a_blank_one_is_not_a_new_node(tmp_path: Path) -> None:
     """The same loss in another dress: the lock file still names the node, and the data file is an LMDB environment
-    with nothing in it (FACTS 1.34)."""
+    with nothing in it (TRAPS 34)."""
     a_store_with(tmp_path, 2, 1)
     (tmp_path / "raftnode.mdb").unlink()
     lmdb.open(str(tmp_path / "raftnode.mdb"), subdir=False, max_dbs=16).close()
@@ -479,7 +481,7 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_was_cut_off_never_kills_the_process(tmp_path: Path) -> None:
     """A page that is not there is a SIGBUS when it is read, which no except clause sees. However many pages are
     missing at the end, opening and reading everything in a process of its own either works or is refused with words
-    (FACTS 2: LMDB checks nothing)."""
+    (TRAPS, LMDB: LMDB checks nothing)."""
     store = Store("database", tmp_path / "whole")
     store.found(ADDRESS, MEMBERS)
     for n in range(60):
@@ -509,7 +511,7 @@ def test_a_file_that_was_cut_off_never_kills_the_process(tmp_path: Path) -> None
 @pytest.mark.parametrize("committed", [0, 1, 5])
 def test_a_flipped_bit_in_the_newest_entries_is_found_at_the_start(tmp_path: Path, committed: int) -> None:
     """The tail, from the newest committed entry through all staged ones, is what votes and acknowledgements rest on:
-    a node with a damaged one does not start, and names it (FACTS 1.37: never a shorter log)."""
+    a node with a damaged one does not start, and names it (TRAPS 37: never a shorter log)."""
     a_store_with(tmp_path / "whole", committed, 3)
     chance = random.Random(f"tail {committed}")
     for commit_id in range(max(1, committed), committed + 4):
@@ -543,7 +545,7 @@ def test_a_flipped_bit_in_an_older_entry_is_found_when_it_is_read(tmp_path: Path
 def test_the_id_of_a_damaged_entry_is_not_taken_for_good(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """`read_id` feeds the consistency check of AppendEntries and the conflict rule: with a flipped term, a follower
     would see a conflict in a committed entry, and a leader would offer a history that nobody has. Nothing is used
-    without its check (`records`, FACTS 2)."""
+    without its check (`records`, TRAPS, LMDB)."""
     a_store_with(tmp_path, 9, 1)
     change(tmp_path, b"log", position(4), flip(8, 2))
     store = opened(tmp_path)
@@ -555,7 +557,7 @@ def test_the_id_of_a_damaged_entry_is_not_taken_for_good(tmp_path: Path, opened:
 
 def test_a_flipped_bit_in_a_value_is_found_when_it_is_read(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """A damaged value is an error that names its key, never an answer and never "no such key"; other keys are served
-    (DESIGN 6: 280 of 300 flipped bits read back as wrong values)."""
+    (store docstring: 280 of 300 flipped bits read back as wrong values)."""
     a_store_with(tmp_path / "whole", 3, 0)
     chance = random.Random("value")
     for _ in range(6):
@@ -598,8 +600,8 @@ def test_a_lost_fact_of_the_node_is_found_at_the_start(tmp_path: Path, name: str
 
 @pytest.mark.parametrize(("missing", "newest"), [(1, 5), (2, 5), (4, 5), (3, 3)])
 def test_a_hole_in_the_log_is_found_at_the_start(tmp_path: Path, missing: int, newest: int) -> None:
-    """Positions have no holes (FACTS 1.40): one lost entry, old or staged, or the newest committed one, and the node
-    does not start as if its log were shorter (FACTS 1.37)."""
+    """Positions have no holes (TRAPS 40): one lost entry, old or staged, or the newest committed one, and the node
+    does not start as if its log were shorter (TRAPS 37)."""
     a_store_with(tmp_path, 3, newest - 3)
     change(tmp_path, b"log", position(missing), lambda _: None)
     with pytest.raises(StoreDamaged, match=r"has a hole|ends at 2, but 3 was committed"):
@@ -608,7 +610,7 @@ def test_a_hole_in_the_log_is_found_at_the_start(tmp_path: Path, missing: int, n
 
 def test_a_ballot_behind_the_log_is_found_at_the_start(tmp_path: Path) -> None:
     """Term and entries go in one transaction, so a ballot below the newest entry's term was rolled back by somebody:
-    this node would vote again in a term in which it has voted (FACTS 1.1)."""
+    this node would vote again in a term in which it has voted (TRAPS 1)."""
     store = Store("database", tmp_path)
     store.found(ADDRESS, MEMBERS)
     stage(store, put_command("a", "one"), term=5)
@@ -655,7 +657,7 @@ def damaged_copies(whole: Path, where: list[tuple[int, int]]) -> dict[tuple[int,
 
 def test_a_bit_flipped_in_a_record_of_the_file_is_refused(tmp_path: Path) -> None:
     """The same damage where it really happens, in the bytes of the file: wherever the newest copies of a value, of a
-    log entry or of the ballot are hit, the node says StoreDamaged (DESIGN 6)."""
+    log entry or of the ballot are hit, the node says StoreDamaged (store docstring)."""
     whole = tmp_path / "whole"
     a_store_with(whole, 9, 2)
     image = (whole / "raftnode.mdb").read_bytes()
@@ -707,8 +709,8 @@ def check_recovered(directory: Path, allowed: list[str]) -> None:
 @pytest.mark.parametrize("seed", [20261])
 def test_kill_9_at_random_moments_loses_nothing_that_was_acknowledged(tmp_path: Path, seed: int) -> None:
     """A writer prints `ack` with its state after each write returned, and is killed at a moment drawn from a seed, ten
-    times on the same directory, on a real file system (FACTS 3). What was acknowledged is there; what was under way is
-    there entirely or not at all: ballot, cut, entries, effects and commit_id go together (FACTS 1.25)."""
+    times on the same directory, on a real file system (TRAPS, etcd). What was acknowledged is there; what was under way
+    is there entirely or not at all: ballot, cut, entries, effects and commit_id go together (TRAPS 25)."""
     chance = random.Random(seed)
     caught_in_the_middle = 0
     for round_number in range(10):
@@ -735,7 +737,7 @@ def test_kill_9_at_random_moments_loses_nothing_that_was_acknowledged(tmp_path: 
 def test_a_node_killed_while_it_is_made_starts_by_itself(tmp_path: Path) -> None:
     """SIGKILL keeps what the kernel has, so the states that a kill can leave are the ones between two writes. The
     making of a node and its founding is cut off before each write to the data file and each change of a file's length
-    in turn; the next start always succeeds, with the same id once an id was told (DESIGN 1, promise 3)."""
+    in turn; the next start always succeeds, with the same id once an id was told (README, promise 3)."""
     faults = [f"pwrite64:signal=KILL:when={n}" for n in range(1, 10)]
     faults += [f"ftruncate:signal=KILL:when={n}" for n in (1, 2)]
     killed, bad = 0, {}
@@ -777,7 +779,7 @@ def test_a_node_killed_while_it_is_made_starts_by_itself(tmp_path: Path) -> None
     ],
 )
 def test_a_write_that_fails_is_final(tmp_path: Path, fault: str) -> None:
-    """One sync, or one write of data or meta pages, fails. LMDB itself goes on as if nothing had happened (FACTS 2:
+    """One sync, or one write of data or meta pages, fails. LMDB itself goes on as if nothing had happened (TRAPS, LMDB:
     "env stays usable"), but the store must not: the write raises StoreFailed, nothing after it is acknowledged, every
     later use raises StoreFailed too, also reads, and close works. A new start finds the state before."""
     a_store_with(tmp_path / "node", 2, 1)
@@ -849,7 +851,7 @@ def test_an_error_inside_a_write_leaves_nothing_half_done(
 
 def test_a_full_map_is_final_and_loses_nothing(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """With no room left in the map a write raises StoreFailed, the ones before it stay, and a restart continues with
-    a larger map (FACTS 2, MAP_FULL)."""
+    a larger map (TRAPS, LMDB, MAP_FULL)."""
     store = opened(tmp_path, map_bytes=1 * MIB)
     store.found(ADDRESS, MEMBERS)
     acknowledged = state_of(store)
@@ -879,9 +881,9 @@ def test_a_full_map_is_final_and_loses_nothing(tmp_path: Path, opened: Callable[
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_room_is_short_before_the_map_is_full(tmp_path: Path, opened: Callable[..., Store], seed: int) -> None:
     """`room` falls below the reserve while writes still work, so that a node can refuse them in time and go on with
-    reads, votes and membership (DESIGN 6). Values of any size, overwritten and deleted in random order; room is asked
-    for before each write at one and the same time, as in a burst between two checks, and the writes that remain for
-    the reserve still fit."""
+    reads, votes and membership (store docstring). Values of any size, overwritten and deleted in random order; room is
+    asked for before each write at one and the same time, as in a burst between two checks, and the writes that remain
+    for the reserve still fit."""
     chance = random.Random(seed)
     reserve = 256 * KIB
     store = opened(tmp_path, map_bytes=4 * MIB, reserve_bytes=reserve)
@@ -929,7 +931,7 @@ def test_room_is_looked_up_in_time_and_not_always(
 
 def test_dead_readers_are_cleared(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """A reader that was killed in its transaction holds its pages for ever, and the file grows without end behind it;
-    its slot is freed on request, once, and after that the file stops growing (FACTS 2, "SIGKILL of a reader")."""
+    its slot is freed on request, once, and after that the file stops growing (TRAPS, LMDB, "SIGKILL of a reader")."""
     store = opened(tmp_path)
     store.found(ADDRESS, MEMBERS)
 
@@ -958,7 +960,7 @@ def test_dead_readers_are_cleared(tmp_path: Path, opened: Callable[..., Store]) 
 
 def test_write_is_one_transaction(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """Ballot, cut, new entries, effects and commit_id cost one transaction of LMDB, counted by LMDB itself, so that no
-    crash can part them (FACTS 1.25); with nothing to write there is none."""
+    crash can part them (TRAPS 25); with nothing to write there is none."""
     store = opened(tmp_path)
 
     def transactions() -> int:

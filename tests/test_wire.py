@@ -1,4 +1,4 @@
-"""The wire: bytes on a real socket against a live node (DESIGN 7; FACTS 1.35, 1.38).
+"""The wire: bytes on a real socket against a live node (README, messages; TRAPS 35, 38).
 
 Each test plays one or more clients with plain sockets, so that it says exactly what goes over the line and in which
 pieces. Where a test needs the node to hold still, it gives the node's own thread something to wait for.
@@ -235,7 +235,7 @@ def assert_refused(answer: dict[str, Any], code: str, *words: str) -> None:
 @pytest.mark.parametrize("end", [b"\n", b"", b" \r\n", b"\n\n"], ids=["newline", "bare", "crlf", "blank-line"])
 def test_one_shot(start: Start, connect: Connect, end: bytes) -> None:
     """`printf '{...}' | nc`: one object, with or without its newline, then the client's end of the connection is shut.
-    It gets its one answer, and then the node closes too (DESIGN 7)."""
+    It gets its one answer, and then the node closes too (README, messages)."""
     node = start()
     client = connect(node)
     client.send(b'{"type":"put","key":"name","value":"John Doe"}' + end)
@@ -261,7 +261,7 @@ def test_half_close_without_a_message(start: Start, connect: Connect) -> None:
 
 
 def test_bare_object_needs_neither_newline_nor_end(start: Start, connect: Connect) -> None:
-    """A whole object is answered as soon as its last brace is there, and the connection goes on (DESIGN 7)."""
+    """A whole object is answered as soon as its last brace is there, and the connection goes on (README, messages)."""
     client = connect(start())
     for n in range(3):
         client.send(b'{"type":"put","key":"}{","value":{"a":"}"}}')
@@ -296,7 +296,7 @@ def test_several_objects_in_one_write(start: Start, connect: Connect, between: b
 
 
 def test_message_larger_than_one_read(start: Start, connect: Connect) -> None:
-    """One message may be larger than one `recv` (DESIGN 3): a value of 6 MB goes in and comes out equal."""
+    """One message may be larger than one `recv` (published interface): a value of 6 MB goes in and comes out equal."""
     client = connect(start())
     value = random.Random(4).randbytes(3_000_000).hex()
     assert client.ask(type="put", key="big", value=value)["data"] is True
@@ -304,7 +304,7 @@ def test_message_larger_than_one_read(start: Start, connect: Connect) -> None:
 
 
 def test_any_json_value_comes_back_as_it_was(start: Start, connect: Connect) -> None:
-    """Any JSON value (DESIGN 6), numbers as they were written, and null and false are values too."""
+    """Any JSON value (store docstring), numbers as they were written, and null and false are values too."""
     client = connect(start())
     values = [None, False, 0, -0.0, 1e308, 2**53 + 1, 2**80, "", "\u0000", "💾", [], {}, {"": [None, {"a": []}]}]
     for n, value in enumerate(values):
@@ -387,8 +387,8 @@ def test_id_is_echoed(start: Start, connect: Connect, id: int | str) -> None:
 
 
 def test_bad_message_keeps_its_place(start: Start, connect: Connect) -> None:
-    """Without ids, answers keep the order of requests (DESIGN 7), also when one of them can't be read or is too large:
-    else a client takes the error for the answer to its put, and the put's for that of the next."""
+    """Without ids, answers keep the order of requests (README, messages), also when one of them can't be read or is too
+    large: else a client takes the error for the answer to its put, and the put's for that of the next."""
     client = connect(start(frame_bytes=1000))
     long = b'{"type":"put","key":"k","value":"' + b"x" * 1000 + b'"}\n'
     put, get = line({"type": "put", "key": "k", "value": 1}), line({"type": "get", "key": "k"})
@@ -533,7 +533,7 @@ def test_bad_input_in_all_its_forms(start: Start, connect: Connect) -> None:
             assert_serves(client)
             assert good.ask(type="get", key="a")["data"]["value"] == "precious"
             after = good.ask(type="status")["data"]
-            assert after["term"] == before["term"], "a client's message changes no term (FACTS 1.13)"
+            assert after["term"] == before["term"], "a client's message changes no term (TRAPS 13)"
             assert after["commit_id"] == before["commit_id"] + 1, "only the witness was written"
         except AssertionError as error:
             problems.append(f"{name}: {error}")
@@ -676,7 +676,7 @@ def hello(node: RaftNode, address: str, /, **changes: Any) -> dict[str, Any]:
 )
 def test_stranger_is_refused(start: Start, connect: Connect, changes: dict[str, Any], code: str, words: str) -> None:
     """A hello of another cluster, of an exchanged disk, of another protocol or of a node that is no member is refused
-    with its reason and the connection ends (rule 9; FACTS 1.34, 1.35). The right one is welcome before and after."""
+    with its reason and the connection ends (rule 9; TRAPS 34, 35). The right one is welcome before and after."""
     member = free_address()
     node = start([member])
     right = connect(node)
@@ -713,8 +713,8 @@ def test_member_speaks_only_for_itself(start: Start, connect: Connect) -> None:
 
 
 def test_two_leaders_of_one_term_do_not_end_the_node(start: Start, connect: Connect) -> None:
-    """A bad message never ends the process (DESIGN 7), not even one of a member that claims a term in which this node
-    follows another leader: it is refused, and the node goes on following."""
+    """A bad message never ends the process (README, messages), not even one of a member that claims a term in which
+    this node follows another leader: it is refused, and the node goes on following."""
     first, second = free_address(), free_address()
     node = start([first, second])
     leader, liar = connect(node), connect(node)
@@ -727,8 +727,9 @@ def test_two_leaders_of_one_term_do_not_end_the_node(start: Start, connect: Conn
 
 
 def test_strangers_leave_nothing_behind(start: Start, connect: Connect) -> None:
-    """Nothing grows without bound (DESIGN 4): 300 hellos under as many made-up names are refused, those with names
-    longer than any address already as messages, in few words, and the node does not remember every one of them."""
+    """Nothing grows without bound (package docstring): 300 hellos under as many made-up names are refused, those with
+    names longer than any address already as messages, in few words, and the node does not remember every one of
+    them."""
     node = start([free_address()])
     for n in range(300):
         for length, code in ((200, "wrong_cluster"), (5000, "bad_request")):
@@ -749,8 +750,8 @@ def test_client_that_does_not_read(
     start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch, with_ids: bool, at_once: bool
 ) -> None:
     """A client asks 150 times for a value of 200 KB and takes no answer. The node holds no more for it than the buffer
-    and one answer (DESIGN 7; FACTS 1.38), serves others meanwhile, and when the client begins to read, it gets each
-    answer, in order when it gave no ids."""
+    and one answer (README, messages; TRAPS 38), serves others meanwhile, and when the client begins to read, it gets
+    each answer, in order when it gave no ids."""
     most = watch_buffers(monkeypatch)
     node = start(send_buffer_bytes=100_000)
     size, count = 200_000, 150
@@ -977,7 +978,7 @@ def test_full_mailbox(start: Start, connect: Connect, with_ids: bool) -> None:
 
 def test_storage_full_and_room_again(start: Start, connect: Connect) -> None:
     """Below the reserve of room, puts get `storage_full` with what to do; gets and deletes go on, and after deletes
-    puts go on by themselves (DESIGN 6). A map of 8 MB is filled with values of 100 KB."""
+    puts go on by themselves (store docstring). A map of 8 MB is filled with values of 100 KB."""
     node = start(map_bytes=8 << 20, reserve_bytes=2 << 20, room_check_ms=1, flush_delay_ms=1)
     client = connect(node)
     stored: list[str] = []
@@ -1005,7 +1006,7 @@ def test_storage_full_and_room_again(start: Start, connect: Connect) -> None:
 def test_a_flood_of_small_messages_takes_turns_with_others(start: Start, connect: Connect, flood: bytes) -> None:
     """One client sends hundreds of thousands of messages at once, good or bad, in one line or in many. Each gets its
     answer, and another client is served many times meanwhile: only a slice is decoded before the loop goes round
-    (DESIGN 4)."""
+    (package docstring)."""
     node = start()
     flooder, other = connect(node), connect(node)
     taken: list[int] = []

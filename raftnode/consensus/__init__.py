@@ -43,5 +43,5 @@ and answers, in that order.
 
 Not yet here: changing the membership (chapter 4; the journal already takes it from the log), snapshots (chapter 5; the
 journal already knows where the kept log begins), sessions (6.3; commands have a kind, so an outcome can be kept).
-Known limit: with one-way or partial partitions that chain, Raft can go without a leader (FACTS 1.17).
+Known limit: with one-way or partial partitions that chain, Raft can go without a leader (TRAPS 17).
 """

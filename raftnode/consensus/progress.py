@@ -47,7 +47,7 @@ class Progress:
         self._probe_due = False
 
     def acknowledged(self, match: int) -> None:
-        """The member holds everything up to `match`: it says so of that very message (FACTS 1.8)."""
+        """The member holds everything up to `match`: it says so of that very message (TRAPS 8)."""
         while self.unanswered and self.unanswered[0][0] <= match:
             self.unanswered.popleft()
         self.match = max(self.match, match)

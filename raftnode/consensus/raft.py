@@ -131,7 +131,7 @@ class Raft:
 
     @property
     def may_serve_reads(self) -> bool:
-        """True once this leader knows the cluster's commit_id: its own no-op has committed (FACTS 1.6)."""
+        """True once this leader knows the cluster's commit_id: its own no-op has committed (TRAPS 6)."""
         return self.is_leader and self.commit_id >= self._first_own
 
     def deadline(self) -> float:
@@ -174,7 +174,7 @@ class Raft:
         return self.membership.voters.keys() != {self.me}
 
     def _after_stall(self) -> None:
-        """This node did not run for an election timeout (FACTS 1.18, 1.19): others may have moved on. Take no
+        """This node did not run for an election timeout (TRAPS 18, 19): others may have moved on. Take no
         decision from old timers; a leader gives up rather than go on as if nothing had happened."""
         if self.is_leader:
             self._become_follower(self.term, None)
@@ -284,7 +284,7 @@ class Raft:
 
     def propose(self, command: Raw) -> int:
         """Append a command in this leader's term; returns its commit_id."""
-        assert self.is_leader, "only a leader appends, in its own term (FACTS 1.10)"
+        assert self.is_leader, "only a leader appends, in its own term (TRAPS 10)"
         return self._append(command)
 
     def _append(self, command: Raw) -> int:

@@ -61,7 +61,7 @@ class Invariants:
         self._look(member)
 
     def sent(self, member: Member, envelope: Envelope) -> None:
-        """A message leaves `member`: what it says must be on the disk already (thesis 3.8; FACTS 1.1, 1.2)."""
+        """A message leaves `member`: what it says must be on the disk already (thesis 3.8; TRAPS 1, 2)."""
         name, disk, message = member.name, member.disk, envelope.message
         if isinstance(message, VoteRequest | VoteAnswer) and message.pre_vote:
             return  # promises nothing

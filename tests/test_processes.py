@@ -6,6 +6,7 @@ is in one book, and the last test looks at all of it. A record's value holds its
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import itertools
 import random
@@ -66,11 +67,14 @@ class Book:
         self.acknowledged: dict[str, tuple[Any, int]] = {}
         self.open: dict[str, Any] = {}
         self.refused: set[str] = set()
+        self.put_once: set[str] = set()
 
     def add(self, writers: Writers) -> None:
+        """Take over what became of the records of writers that repeat nothing of which the outcome is open."""
         self.acknowledged |= {done.record.key: (done.record.value, done.commit_id) for done in writers.acknowledged}
         self.open |= {record.key: record.value for record in writers.open}
         self.refused |= {record.key for record in writers.refused}
+        self.put_once |= {done.record.key for done in writers.acknowledged} | {record.key for record in writers.open}
 
     def note(self, key: str, value: Any, commit_id: int) -> None:
         self.acknowledged[key] = (value, commit_id)
@@ -90,10 +94,14 @@ class Book:
             assert found == views[0], f"{node} and {nodes[0]} differ"
 
     def check_log(self, log: list[dict[str, Any]]) -> None:
-        """Each acknowledged write is in the log where its answer said."""
+        """Each acknowledged write is in the log where its answer said; none was done twice, and no refused one."""
         by_id = {line["commit_id"]: line for line in log}
         for key, (_, commit_id) in self.acknowledged.items():
             assert by_id[commit_id]["key"] == key, f"{key} was acknowledged as {commit_id}: {by_id[commit_id]}"
+        puts = collections.Counter(line["key"] for line in log if line["kind"] == "put")
+        twice = [key for key in self.put_once if puts[key] > 1]
+        assert not twice, f"put once, but more often in the log: {twice[:5]}"
+        assert not [key for key in self.refused if puts[key]]
 
 
 def positions(log: list[dict[str, Any]]) -> list[tuple[int, int, str]]:
@@ -367,8 +375,9 @@ def test_without_a_majority_nothing_is_acknowledged(cluster: ClusterOfProcesses,
     """A node alone acknowledges nothing, says so in time, and still serves local reads as what they are. Two of three
     nodes are killed; eight clients at once put through the one that is left, the leader or a follower, and then another
     eight. Each is answered by the node within its request timeout: open (`not_committed`) where the leader had appended
-    it, else `no_leader`. A linearizable read gives `no_leader`, a local one the value, marked as local. When the others
-    are back, what was told not to be executed is not there, and writes go on."""
+    it, else `no_leader`. A linearizable read gives `no_leader`, even at once after the kill, when the leader does not
+    know yet; a local one gives the value, marked as local. When the others are back, what was told not to be executed
+    is not there, and writes go on."""
     leader = cluster.await_leader()
     left = leader if survivor == "leader" else cluster.others(leader)[0]
     known = f"known-{survivor}"
@@ -381,8 +390,9 @@ def test_without_a_majority_nothing_is_acknowledged(cluster: ClusterOfProcesses,
         return key, left.ask({"type": "put", "key": key, "value": [key]}, timeout=PATIENCE_S)
 
     outcomes = Book()
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool, lines_to(left, 1) as [reader]:
         cluster.kill(cluster.others(left))
+        reader.send({"type": "get", "key": known})
         for turn in range(2):
             began = time.monotonic()
             answers = list(pool.map(put, [f"minority-{survivor}-{turn}-{n}" for n in range(8)]))
@@ -396,6 +406,8 @@ def test_without_a_majority_nothing_is_acknowledged(cluster: ClusterOfProcesses,
                     outcomes.open[key] = [key]
                 else:
                     outcomes.refused.add(key)
+        early = reader.answer()
+        assert (early["data"], early["error"]["code"]) == (None, "no_leader")
     if survivor == "follower":
         assert not outcomes.open, "a follower without a leader has appended nothing"
     assert len(outcomes.refused) >= 8
@@ -473,7 +485,7 @@ def test_a_node_of_another_cluster_is_refused(cluster: ClusterOfProcesses, book:
     try:
         theirs = stranger.start().await_answer()["cluster"]
         assert theirs != own
-        with Writers(cluster.addresses, numbered("stranger", seeded(51)), timeout=5) as writers:
+        with Writers(cluster.addresses, numbered("stranger", seeded(51)), timeout=5, resolve=False) as writers:
             for node in cluster:
                 for said in (
                     node.await_event("stranger_refused", since=marks[node], peer=stranger.address),
@@ -525,7 +537,9 @@ def test_a_wiped_node_is_refused(cluster: ClusterOfProcesses, book: Book, tmp_pa
     with directories((node, tmp_path / "own")):
         new = node.start().await_answer()["node"]
         assert new != old
-        with Writers([other.address for other in marks], numbered("wiped", seeded(61)), timeout=5) as writers:
+        with Writers(
+            [other.address for other in marks], numbered("wiped", seeded(61)), timeout=5, resolve=False
+        ) as writers:
             for other, mark in marks.items():
                 said = other.await_event("peer_refused", since=mark, peer=node.address)
                 assert said["code"] == "wrong_node"
@@ -626,7 +640,7 @@ def test_the_inspector_on_live_nodes_under_writes(cluster: ClusterOfProcesses, b
     three clients write, the logs of all nodes, one's commits and its state are printed. Each log is without a hole, its
     terms never fall, its committed part comes before the staged one; of two logs, of one node or of two, one begins
     with the other; the state is what the committed log says, value for value."""
-    with Writers(cluster.addresses, numbered("looked-at", seeded(81)), 3, timeout=5) as writers:
+    with Writers(cluster.addresses, numbered("looked-at", seeded(81)), 3, timeout=5, resolve=False) as writers:
         writers.await_more(50, explain=cluster.describe)
         logs = [node.inspect("log") for node in cluster]
         *commits, end = cluster[0].inspect("commits", "--values")

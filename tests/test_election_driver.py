@@ -1239,6 +1239,16 @@ def test_after_the_end(bench: Bench) -> None:
     assert bench.raft.term == 0
 
 
+def test_heartbeat_handler_does_not_invent_a_position(bench: Bench) -> None:
+    """A node of term 3 that has ended can't carry a heartbeat out: that is an error, and not the term and commit_id of
+    an empty node, which a leader would believe."""
+    bench.follow(B, 3)
+    bench.election.end()
+    with pytest.raises(Unavailable) as refused:
+        bench.election.heartbeat_handler({"term": 3, "leader": B, "commit_id": 0})
+    assert refused.value.code == "shutting_down"
+
+
 # --- from other threads ---------------------------------------------------------------------------------------
 
 

@@ -645,7 +645,7 @@ def test_a_client_of_a_follower_during_a_cut(start: Callable[..., RaftNode]) -> 
     outcomes = {"done": 0, "open": 0}
     try:
         with Line(follower.my_ip) as client:
-            for n in range(60):
+            for n in range(30):
                 answer = client.ask({"type": "put", "key": "k", "value": n})
                 if "error" in answer:
                     assert answer["error"]["code"] in ("not_committed", "no_leader"), answer

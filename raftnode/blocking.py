@@ -117,17 +117,22 @@ class Caller:
         greeting = self._greeting()
         if greeting is not None:
             try:
-                answer = decode_object(connection.request(greeting, self._timeout))
-            except OSError as error:
-                raise ConnectFailed(f"{self.address}: {error}") from error
-            if answer.get("data") is not True:
+                self._greet(connection, greeting)
+            except BaseException:
                 connection.close()
-                detail = answer.get("error") or {}
-                raise ProtocolError(
-                    detail.get("code", "bad_request"), f"{self.address} refused us: {detail.get('message')}"
-                )
+                raise
         self._connection = connection
         return connection
+
+    def _greet(self, connection: LineConnection, greeting: bytes) -> None:
+        try:
+            answer = decode_object(connection.request(greeting, self._timeout))
+        except OSError as error:
+            raise ConnectFailed(f"{self.address}: {error}") from error
+        if answer.get("data") is not True:
+            detail = answer.get("error")
+            code, words = (detail.get("code"), detail.get("message")) if isinstance(detail, dict) else (None, None)
+            raise ProtocolError(str(code or "bad_request"), f"{self.address} refused us: {words or answer}")
 
     def _close(self) -> None:
         if self._connection is not None:

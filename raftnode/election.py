@@ -472,20 +472,22 @@ class Election:
 
     def decide_vote(self, term: int, commit_id: int, staged: dict[str, Any]) -> bool:
         """True when the vote is granted; the ballot is on disk then (thesis 3.4). `staged` tells who asks (`address`)
-        and the `term` and `commit_id` of the candidate's newest log entry, which decide whether it is up to date."""
+        and the `term` and `commit_id` of the candidate's newest log entry, which decide whether it is up to date.
+        Raises Unavailable when the node has ended."""
         who = Staged(
             address=staged.get("address", ""), term=staged.get("term", 0), commit_id=staged.get("commit_id", 0)
         )
-        answer = self._ask(VoteRequest(term=term, commit_id=commit_id, staged=who))
+        answer = _checked(self._ask(VoteRequest(term=term, commit_id=commit_id, staged=who)))
         assert isinstance(answer, VoteAnswer)
         return answer.data
 
     def heartbeat_handler(self, message: dict[str, Any]) -> tuple[int, int]:
         """A follower's side of a leader's heartbeat or `data` message: carry it out, durably, and return the (term,
-        commit_id) of this node. Raises ProtocolError for a message that is neither."""
+        commit_id) of this node. Raises ProtocolError for a message that is neither, Unavailable when the node has
+        ended."""
         kind = "data" if "action" in message else "heartbeat"
         request = to_request({"commit_id": 0, "leader": "", **message, "type": kind})
-        answer = self._ask(request)
+        answer = _checked(self._ask(request))
         assert isinstance(answer, HeartbeatAnswer | DataAnswer)
         return answer.term, answer.commit_id
 
@@ -524,6 +526,13 @@ class Election:
             raise error_for(detail["code"], detail["message"])
         data: dict[str, Any] = answer["data"]
         return data
+
+
+def _checked(answer: Answer) -> Answer:
+    """Raise the typed error of a failure."""
+    if answer.error is not UNSET:
+        raise error_for(answer.error.code, answer.error.message)
+    return answer
 
 
 _FIXED: Final = "it is the set of addresses with which the cluster was first started"

@@ -88,11 +88,11 @@ class Requests:
     def begin_turn(self, now: float) -> None:
         """A turn begins: take again what waited for a leader, once there is one."""
         self._now = now
-        again = self.want_turn
-        if self._serving != self._last_serving:
-            self._last_serving = self._serving
-            self._leave_old_leader()
-        if again:
+        if self._serving == self._last_serving:
+            return
+        self._last_serving = self._serving
+        self._leave_old_leader()
+        if self._raft.is_leader or self._can_forward:
             parked, self._parked = self._parked, deque()
             for arrival in parked:
                 self._dispatch(arrival)

@@ -13,10 +13,9 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import click
@@ -129,7 +128,7 @@ def _serve(ip: str, peers: str, volume: Path, timeout: int, store: str, log_leve
         _fail(error)
 
 
-@cli.command()
+@cli.command(context_settings={"ignore_unknown_options": True})  # a value may be -5
 @click.argument("key")
 @click.argument("value")
 @click.option("--string", "as_string", is_flag=True, help="Take VALUE as text even where it is JSON.")
@@ -141,10 +140,17 @@ def put(key: str, value: str, as_string: bool, namespace: str, node: str, timeou
     A VALUE that is JSON is taken as such (5, true, {"a": 1}), anything else as text. With - it is read from standard
     input.
     """
-    text = sys.stdin.read() if value == "-" else value
+    text = _read_text() if value == "-" else value
     with _client(node, timeout) as client:
         done = client.put(key, text if as_string else _json_or_text(text), namespace)
     click.echo(json.dumps(done) if as_json else f"committed as {done['commit_id']}, version {done['version']}")
+
+
+def _read_text() -> str:
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        _fail(ConfigError(f"standard input is not UTF-8: {error.reason} at byte {error.start}"))
 
 
 def _json_or_text(text: str) -> Any:
@@ -268,22 +274,25 @@ def _client(node: str, timeout: float) -> Iterator[Client]:
 @click.option("--port", default=5001, show_default=True, type=click.IntRange(1, 65527), help="Port of the first.")
 @click.option("--volume", type=click.Path(path_type=Path), metavar="DIR",
               help="Keep the data here. Default: a temporary directory, removed at the end.")  # fmt: skip
-@click.option("--log-level", type=click.Choice(log.LEVELS), default="info", show_default=True)
+@click.option("--log-level", type=click.Choice(log.LEVELS), default="info", show_default=True,
+              help="What is logged.")  # fmt: skip
 def local(nodes: int, port: int, volume: Path | None, log_level: str) -> None:
     """Run a trial cluster on this machine until Ctrl-C: one process a node, on loopback."""
     addresses = [f"127.0.0.1:{port + n}" for n in range(nodes)]
+    asked_to_end = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):  # a flag, not an exception: none may come between fork and append
+        signal.signal(number, lambda *_: asked_to_end.set())
+    processes: list[subprocess.Popen[bytes]] = []
     with contextlib.ExitStack() as stack:
         root = volume or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="raftnode-local-")))
-        processes = [_spawn(address, addresses, root, log_level) for address in addresses]
         stack.callback(_stop_all, processes)
+        processes.extend(_spawn(address, addresses, root, log_level) for address in addresses)
         click.echo(f"{nodes} nodes on {', '.join(addresses)}; data in {root}; Ctrl-C ends them", err=True)
-        signal.signal(signal.SIGTERM, _interrupt)
-        with contextlib.suppress(KeyboardInterrupt):
-            while all(process.poll() is None for process in processes):
-                time.sleep(0.1)
+        while not asked_to_end.wait(0.1):
             ended = [a for a, process in zip(addresses, processes, strict=True) if process.poll() is not None]
-            click.echo(f"raftnode: {', '.join(ended)} ended; stopping the others", err=True)
-            raise SystemExit(1)
+            if ended:
+                click.echo(f"raftnode: {', '.join(ended)} ended; stopping the others", err=True)
+                raise SystemExit(1)
 
 
 def _spawn(address: str, addresses: list[str], root: Path, log_level: str) -> subprocess.Popen[bytes]:
@@ -298,11 +307,8 @@ def _spawn(address: str, addresses: list[str], root: Path, log_level: str) -> su
     )
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:  # noqa: ARG001 - a signal handler's signature
-    raise KeyboardInterrupt
-
-
 def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
+    """End every node: none may be left behind."""
     for process in processes:
         process.terminate()
     for process in processes:

@@ -8,7 +8,7 @@ whose promises it has forgotten. An id met for the first time is written down be
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from msgspec import UNSET
 
@@ -18,6 +18,9 @@ from raftnode.mailbox import Arrival, Cut, Greeting, LinkEnd
 from raftnode.messages import PROTOCOL_VERSION, Hello, HelloAnswer, VoteRequest
 from raftnode.store import Store
 from raftnode.transport import Transport
+
+_REMEMBERED: Final = 32
+"""So many refused addresses are remembered."""
 
 
 class Handshake:
@@ -29,7 +32,7 @@ class Handshake:
         self._store = store
         self._transport = transport
         self._log = log
-        self._refusals: dict[str, str] = {}  # by member: what was said last
+        self._refusals: dict[str, str] = {}  # by address: what was said last
         self._strangers = 0
         self._welcomes: list[Callable[[], None]] = []
         self._links: dict[str, LinkEnd] = {}  # ours, by member, that were admitted
@@ -141,12 +144,14 @@ class Handshake:
         return None
 
     def note_refusal(self, peer: str, code: str, message: str) -> None:
-        """Say once why a node and this one do not work together; tries go on. Of strangers, of whom there may be any
-        number, the 1st, 2nd, 4th, 8th ... refusal is told."""
-        if self._raft.membership.node_of(peer) is None:
-            self._strangers += 1
-            if self._strangers & (self._strangers - 1) == 0:
-                self._log.error("stranger_refused", peer=peer, code=code, why=message, count=self._strangers)
-        elif self._refusals.get(peer) != message:
-            self._refusals[peer] = message
-            self._log.error("peer_refused", peer=peer, code=code, why=message)
+        """Say once why a node and this one do not work together; tries go on. There may be any number of strangers: of
+        those past the first few, the 1st, 2nd, 4th, 8th ... refusal is told."""
+        event = "peer_refused" if self._raft.membership.node_of(peer) is not None else "stranger_refused"
+        if peer in self._refusals or len(self._refusals) < _REMEMBERED or event == "peer_refused":
+            if self._refusals.get(peer) != message:
+                self._refusals[peer] = message
+                self._log.error(event, peer=peer, code=code, why=message)
+            return
+        self._strangers += 1
+        if self._strangers & (self._strangers - 1) == 0:
+            self._log.error(event, peer=peer, code=code, why=message, count=self._strangers)

@@ -1,5 +1,5 @@
 """The client against scripted nodes on real sockets: when it goes to the next node, when it must not send again, and
-that one request's answer is never taken for another's (DESIGN 5, rule 12; FACTS 1.24, 1.36)."""
+that one request's answer is never taken for another's (rule 12; TRAPS 24, 36)."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def readable(client: Client) -> None:
 
 
 def test_each_call_sends_one_message_and_returns_its_answer(node: Nodes, client: Clients) -> None:
-    """The messages of DESIGN 7, over one connection that is kept; answers as documented."""
+    """The messages of README, messages, over one connection that is kept; answers as documented."""
     served = node(fine)
     one = client(served)
     assert one.put("a", {"b": [1.5, None, "é"]}, "space") == {"commit_id": 7, "version": 1, "replaced": None}
@@ -391,8 +391,8 @@ def test_other_failures_are_raised_at_once(node: Nodes, client: Clients, call: s
     ],
 )
 def test_each_code_has_its_type(node: Nodes, client: Clients, type: type, codes: tuple[str, ...]) -> None:
-    """The table of DESIGN 7's codes as errors to catch; a code that this version does not know counts as an open
-    outcome, the safe reading."""
+    """The table of README, messages's codes as errors to catch; a code that this version does not know counts as an
+    open outcome, the safe reading."""
     one = client(node(*(failed(code) for code in codes)))
     for code in codes:
         with pytest.raises(type) as error:
@@ -416,7 +416,7 @@ LOST: dict[str, Step] = {
 @pytest.mark.parametrize("call", WRITES)
 def test_a_write_whose_answer_is_lost_is_sent_once(node: Nodes, client: Clients, call: str, how: str) -> None:
     """The write may have happened: NotCommitted is raised, and all servers together were sent it exactly once
-    (FACTS 1.24). The next call works, on a new connection."""
+    (TRAPS 24). The next call works, on a new connection."""
     first, second = node(LOST[how], fine), node(fine)
     one = client(first, second)
     with pytest.raises(NotCommitted, match="lost") as error:
@@ -469,7 +469,7 @@ def test_a_write_that_is_refused_and_then_lost_is_sent_to_each_once(node: Nodes,
 )
 def test_an_answer_that_does_not_say_yes_is_no_success(node: Nodes, client: Clients, answer: dict[str, Any]) -> None:
     """Only `"data": true` acknowledges a write. Whatever else a broken or strange node answers, the outcome is open:
-    NotCommitted, not success and not a KeyError (DESIGN 1, promise 1)."""
+    NotCommitted, not success and not a KeyError (README, promise 1)."""
     with pytest.raises(NotCommitted):
         client(node(answer), timeout=0.3).put("a", 1)
 
@@ -494,7 +494,7 @@ def test_an_answer_that_is_no_answer_to_a_read_is_a_request_error(
 
 def test_a_late_answer_is_never_taken_for_anothers(node: Nodes, client: Clients) -> None:
     """A request that times out closes its connection, so the answer that comes after all is read by nobody; the next
-    request has its own, on a new connection (FACTS 1.36)."""
+    request has its own, on a new connection (TRAPS 36)."""
     late = threading.Event()
     served = node(lambda request: late.wait(PATIENCE_S) and {**get_answer(request), "late": True}, fine)
     one = client(served, timeout=0.3)

@@ -1,4 +1,5 @@
-"""The driver by hand: one node's turns, without sockets, its clock and its disk in the test's hands (DESIGN 4, 5).
+"""The driver by hand: one node's turns, without sockets, its clock and its disk in the test's hands (package docstring,
+5).
 
 `Bench` is a node `a:1` with members `b:1` and `c:1` that the test plays. Its transport only notes what goes out, at the
 moment of the flush that would put it on the line; its store is real and notes when a transaction begins and ends. So
@@ -178,7 +179,7 @@ class Bench:
         self.events.append(WRITTEN)
 
     def check(self, arrival: Arrival | None, message: Any) -> None:
-        """Whatever goes out promises nothing that is not so (rules 1 and 2 of FACTS 1)."""
+        """Whatever goes out promises nothing that is not so (rules 1 and 2 of TRAPS)."""
         ballot, written = self.on_disk
         match message:
             case VoteAnswer(data=True, pre_vote=False):
@@ -322,9 +323,9 @@ def who(address: str, term: int = 0, commit_id: int = 0) -> dict[str, Any]:
 
 
 def test_one_vote_a_term_and_it_is_on_disk(make: Make, tmp_path: Path) -> None:
-    """DESIGN 3, FACTS 1.1 and 1.4: B gets the vote of term 5, and again when it asks again (its answer was lost); C
-    does not. The directory is closed without a farewell and opened again: B still has the vote, C still does not get
-    it. An older term gets nothing, a newer one a vote of its own."""
+    """published interface, TRAPS 1 and 4: B gets the vote of term 5, and again when it asks again (its answer was
+    lost); C does not. The directory is closed without a farewell and opened again: B still has the vote, C still does
+    not get it. An older term gets nothing, a newer one a vote of its own."""
     first = make(store=Store("database", tmp_path))
     assert first.election.decide_vote(5, 0, who(B)) is True
     assert first.election.decide_vote(5, 0, who(B)) is True
@@ -346,8 +347,8 @@ def test_one_vote_a_term_and_it_is_on_disk(make: Make, tmp_path: Path) -> None:
 
 
 def test_decide_vote_waits_for_the_disk(tmp_path: Path) -> None:
-    """DESIGN 3: "the ballot is on disk before True is returned". A live node is asked, and its disk is held: while the
-    transaction is under way the caller has no answer; when it ends, it has."""
+    """published interface: "the ballot is on disk before True is returned". A live node is asked, and its disk is held:
+    while the transaction is under way the caller has no answer; when it ends, it has."""
     node = live(OTHERS, data_dir=tmp_path, election_low_ms=20_000, election_high_ms=20_000)
     write, reached, go_on = node.store.write, threading.Event(), threading.Event()
 
@@ -380,8 +381,8 @@ def test_decide_vote_waits_for_the_disk(tmp_path: Path) -> None:
     ],
 )
 def test_votes_compare_the_newest_entry(bench: Bench, last: EntryId, commit_id: int, granted: bool) -> None:
-    """DESIGN 3, FACTS 1.3: this log ends at entry 3 of term 3, committed up to 1. A candidate is compared by the (term,
-    commit_id) of its newest entry; what it has committed counts for nothing."""
+    """published interface, TRAPS 3: this log ends at entry 3 of term 3, committed up to 1. A candidate is compared by
+    the (term, commit_id) of its newest entry; what it has committed counts for nothing."""
     found = entries(1, 2, 3)
     assert bench.election.heartbeat_handler(data_object(log_of(B, 3, found, commit_id=1))) == (3, 1)
     bench.turn(10)  # the leader is silent for longer than an election timeout
@@ -390,7 +391,7 @@ def test_votes_compare_the_newest_entry(bench: Bench, last: EntryId, commit_id: 
 
 
 def test_a_node_that_hears_a_leader_grants_nothing(bench: Bench) -> None:
-    """FACTS 1.14: within the least election timeout of a leader's message a vote is refused and the term stays; after
+    """TRAPS 14: within the least election timeout of a leader's message a vote is refused and the term stays; after
     it the same request is granted."""
     bench.follow(B, 3)
     assert bench.election.decide_vote(8, 0, who(C)) is False
@@ -400,8 +401,8 @@ def test_a_node_that_hears_a_leader_grants_nothing(bench: Bench) -> None:
 
 
 def test_heartbeat_handler(bench: Bench) -> None:
-    """DESIGN 3: the follower's side of heartbeat and data, in the caller's thread: the answer is this node's (term,
-    commit_id), entries are on disk, and a heartbeat commits only what matched (rule 6)."""
+    """published interface: the follower's side of heartbeat and data, in the caller's thread: the answer is this node's
+    (term, commit_id), entries are on disk, and a heartbeat commits only what matched (rule 6)."""
     handle = bench.election.heartbeat_handler
     assert handle({"term": 2, "leader": B, "commit_id": 0}) == (2, 0)
     assert bench.store.ballot == Ballot(2, None)
@@ -417,7 +418,7 @@ def test_heartbeat_handler(bench: Bench) -> None:
 
 
 def test_a_new_leaders_heartbeat_commits_only_what_it_matched(bench: Bench) -> None:
-    """Rule 6, FACTS 1.7: three entries are staged from B; C leads the next term and says that 2 is committed. These may
+    """Rule 6, TRAPS 7: three entries are staged from B; C leads the next term and says that 2 is committed. These may
     be other entries: nothing commits before C's own message has matched them, and then no further than that."""
     handle = bench.election.heartbeat_handler
     found = entries(2, 2, 2)
@@ -448,7 +449,7 @@ def test_heartbeat_handler_refuses_what_is_no_message(bench: Bench, message: dic
 
 def test_put_and_get_of_one_node_without_a_loop(make: Make) -> None:
     """A cluster of one leads as soon as its timer is armed. Nobody runs the loop: the caller's thread takes the turns,
-    and every put is written before it returns (FACTS 1.2; etcd #14370)."""
+    and every put is written before it returns (TRAPS 2; etcd #14370)."""
     bench = make(others=())
     bench.election.init_timeout()
     assert bench.raft.is_leader
@@ -483,8 +484,9 @@ def test_wrong_requests_raise_and_lost_ones_are_false(make: Make) -> None:
 
 
 def test_ask_for_vote(bench: Bench) -> None:
-    """DESIGN 3, rule 3: a pre-vote first, to every other voter, for the next term, with the position of the newest
-    staged entry; it changes no ballot. Only a majority of those leads to a term of its own and to real requests."""
+    """published interface, rule 3: a pre-vote first, to every other voter, for the next term, with the position of the
+    newest staged entry; it changes no ballot. Only a majority of those leads to a term of its own and to real
+    requests."""
     bench.election.heartbeat_handler(data_object(log_of(B, 3, entries(3, 3), commit_id=1)))
     bench.turn(10)
     bench.events.clear()
@@ -499,8 +501,8 @@ def test_ask_for_vote(bench: Bench) -> None:
 
 
 def test_send_vote_request(bench: Bench) -> None:
-    """DESIGN 3: one request to one voter: for the node's own term a vote, for any other a pre-vote, which binds nobody.
-    It is a real vote request only in a term in which this node has voted for itself."""
+    """published interface: one request to one voter: for the node's own term a vote, for any other a pre-vote, which
+    binds nobody. It is a real vote request only in a term in which this node has voted for itself."""
     bench.election.send_vote_request(C, 6)
     request = bench.sent(VoteRequest, C)[0]
     assert (request.term, request.pre_vote, request.staged.address) == (6, True, ME)
@@ -513,8 +515,8 @@ def test_send_vote_request(bench: Bench) -> None:
 
 
 def test_send_heartbeat_and_start_heartbeat(bench: Bench) -> None:
-    """DESIGN 3: a leader sends a member what it needs next: entries if it lacks any, else a heartbeat. A node that does
-    not lead sends nothing."""
+    """published interface: a leader sends a member what it needs next: entries if it lacks any, else a heartbeat. A
+    node that does not lead sends nothing."""
     bench.election.send_heartbeat(B)
     bench.election.start_heartbeat()
     assert bench.events == []
@@ -549,8 +551,8 @@ def test_heartbeats_go_on_by_themselves(bench: Bench) -> None:
 
 
 def test_init_timeout_arms_the_timer(bench: Bench) -> None:
-    """DESIGN 3: before `init_timeout` a node never campaigns; after it, once no leader was heard for the timeout, which
-    is drawn between the two limits."""
+    """published interface: before `init_timeout` a node never campaigns; after it, once no leader was heard for the
+    timeout, which is drawn between the two limits."""
     for _ in range(100):
         bench.turn(BEAT_S)
     assert bench.events == []
@@ -565,7 +567,8 @@ def test_init_timeout_arms_the_timer(bench: Bench) -> None:
 
 
 def test_a_store_has_one_owner(make: Make) -> None:
-    """DESIGN 3: a store that a running election owns refuses writes from anyone else; after `close` it takes them."""
+    """published interface: a store that a running election owns refuses writes from anyone else; after `close` it takes
+    them."""
     bench = make(others=())
     with pytest.raises(StoreOwned):
         bench.store.put(1, {"key": "k", "value": 1}, bench.transport, 1)
@@ -575,7 +578,7 @@ def test_a_store_has_one_owner(make: Make) -> None:
 
 
 def test_a_store_of_another_address(tmp_path: Path) -> None:
-    """DESIGN 5, rule 9: a directory belongs to the address that it was founded with."""
+    """rule 9: a directory belongs to the address that it was founded with."""
     transport = Transport(ME, 5, queue.Queue())
     store = Store("database", tmp_path)
     Election(transport, store, transport.queue)
@@ -590,14 +593,14 @@ def test_a_store_of_another_address(tmp_path: Path) -> None:
 
 
 def test_a_vote_goes_out_after_its_transaction(bench: Bench) -> None:
-    """FACTS 1.1: the ballot is written and synced, then the vote is sent."""
+    """TRAPS 1: the ballot is written and synced, then the vote is sent."""
     asker = bench.ask(vote_request(B, 1), peer=B)
     assert bench.turn() == [WRITE, WRITTEN, f"VoteAnswer to {B}"]
     assert asker.only.data is True
 
 
 def test_a_vote_in_a_term_that_is_known_is_written_too(bench: Bench) -> None:
-    """FACTS 1.1: the term is on disk already (a member's answer told it), and the vote alone is new: it is written and
+    """TRAPS 1: the term is on disk already (a member's answer told it), and the vote alone is new: it is written and
     synced before it is sent."""
     bench.say(C, HeartbeatAnswer(term=4, commit_id=0))
     assert bench.turn() == [WRITE, WRITTEN]
@@ -608,7 +611,7 @@ def test_a_vote_in_a_term_that_is_known_is_written_too(bench: Bench) -> None:
 
 
 def test_with_a_changed_ballot_everything_waits(bench: Bench) -> None:
-    """FACTS 1.1, etcd's `msgsAfterAppend`: the turn that enters a term says nothing to members before that term is on
+    """TRAPS 1, etcd's `msgsAfterAppend`: the turn that enters a term says nothing to members before that term is on
     disk, refusals and heartbeat answers included. A client's ping, which promises nothing, need not wait."""
     bench.ask(vote_request(B, 4), peer=B)
     bench.ask(vote_request(C, 4), peer=C)
@@ -624,7 +627,7 @@ def test_with_a_changed_ballot_everything_waits(bench: Bench) -> None:
 
 
 def test_acknowledgements_go_out_after_their_transaction(bench: Bench) -> None:
-    """FACTS 1.2: entries in a term that is known already: the heartbeat's answer, which promises nothing, goes out
+    """TRAPS 2: entries in a term that is known already: the heartbeat's answer, which promises nothing, goes out
     before the transaction, and the acknowledgement after it."""
     bench.follow(B, 1)
     bench.ask(Heartbeat(term=1, leader=B, commit_id=0), peer=B)
@@ -641,8 +644,8 @@ def test_entries_of_a_new_leader_are_one_transaction_with_its_term(bench: Bench)
 
 
 def test_a_leader_sends_its_entries_before_it_writes(bench: Bench) -> None:
-    """DESIGN 4, thesis 10.2.1: the entry is on its way to the followers while the leader's own disk syncs; the client
-    waits for a majority of disks."""
+    """package docstring, thesis 10.2.1: the entry is on its way to the followers while the leader's own disk syncs; the
+    client waits for a majority of disks."""
     bench.lead()
     client = bench.ask(put())
     assert bench.turn() == [f"Data to {B}", f"Data to {C}", WRITE, WRITTEN]
@@ -673,7 +676,7 @@ def test_clients_wait_for_a_majority(make: Make) -> None:
 
 
 def test_one_node_counts_itself_after_its_write(make: Make) -> None:
-    """FACTS 1.2, etcd #14370: with one node the disk is the whole commit rule: nothing is answered before it."""
+    """TRAPS 2, etcd #14370: with one node the disk is the whole commit rule: nothing is answered before it."""
     bench = make(others=())
     bench.election.init_timeout()
     bench.ask(put())
@@ -682,8 +685,8 @@ def test_one_node_counts_itself_after_its_write(make: Make) -> None:
 
 
 def test_answers_of_a_batch_do_not_wait_for_the_next_write(bench: Bench) -> None:
-    """DESIGN 4: what a majority holds is answered before this turn's own transaction, and the next batch's entries go
-    out with it: the group commit costs one sync a turn."""
+    """package docstring: what a majority holds is answered before this turn's own transaction, and the next batch's
+    entries go out with it: the group commit costs one sync a turn."""
     bench.lead()
     first = bench.ask(put("one"), "first")
     bench.turn()
@@ -695,7 +698,7 @@ def test_answers_of_a_batch_do_not_wait_for_the_next_write(bench: Bench) -> None
 
 
 def test_a_read_waits_for_its_own_round(bench: Bench) -> None:
-    """Rule 7, FACTS 1.20: a round of heartbeats that began before the read came says nothing about it; the round that
+    """Rule 7, TRAPS 20: a round of heartbeats that began before the read came says nothing about it; the round that
     starts after it does, and needs a majority."""
     bench.lead()
     bench.election.start_heartbeat()
@@ -713,7 +716,7 @@ def test_a_read_waits_for_its_own_round(bench: Bench) -> None:
 
 
 def test_a_read_sees_what_was_acknowledged_and_is_not_on_disk(bench: Bench) -> None:
-    """DESIGN 6: effects may wait for their transaction, but a read after the acknowledgement sees them."""
+    """store docstring: effects may wait for their transaction, but a read after the acknowledgement sees them."""
     bench.lead()
     bench.ask(put("k", b'"new"'))
     bench.turn()
@@ -728,9 +731,9 @@ def test_a_read_sees_what_was_acknowledged_and_is_not_on_disk(bench: Bench) -> N
 
 @pytest.mark.parametrize("kind", ["vote", "data", "own put", "put"])
 def test_a_failed_write_promises_nothing(make: Make, kind: str) -> None:
-    """FACTS 2, "never retry": the transaction raises StoreFailed. The turn raises too, which ends the node; the vote,
-    the acknowledgement or the answer that hung on it is never sent; at the end the client is told that its write is
-    open."""
+    """TRAPS, LMDB, "never retry": the transaction raises StoreFailed. The turn raises too, which ends the node; the
+    vote, the acknowledgement or the answer that hung on it is never sent; at the end the client is told that its write
+    is open."""
     bench = make(others=() if kind == "own put" else (B, C))
     if kind == "own put":
         bench.election.init_timeout()
@@ -782,7 +785,7 @@ def test_a_failed_write_ends_the_node(tmp_path: Path) -> None:
 
 
 def test_a_leader_whose_sync_hangs_steps_down(bench: Bench) -> None:
-    """FACTS 1.19: the leader's own transaction takes longer than the election timeout. When it returns, others may lead
+    """TRAPS 19: the leader's own transaction takes longer than the election timeout. When it returns, others may lead
     already: the node does not go on as leader, and the write is open, even though it is on disk here."""
     bench.lead()
     client = bench.ask(put())
@@ -876,7 +879,7 @@ def test_any_order_of_letters_keeps_the_promises(make: Make, seed: int) -> None:
 
 
 def test_lost_leadership(bench: Bench) -> None:
-    """Rule 12, FACTS 1.24: a leader with a staged write and a waiting read hears of a newer term. The write may still
+    """Rule 12, TRAPS 24: a leader with a staged write and a waiting read hears of a newer term. The write may still
     be committed by the next leader: open. The read was not answered, so it waits, and goes to the new leader."""
     bench.lead()
     bench.transport.reachable = {B}
@@ -910,7 +913,7 @@ def test_a_read_that_finds_no_leader_any_more_is_refused(bench: Bench) -> None:
 
 
 def test_a_write_that_another_leader_cut_is_not_taken_for_done(bench: Bench) -> None:
-    """FACTS 1.11: the staged write of a deposed leader is overwritten at its commit_id by another entry, which commits:
+    """TRAPS 11: the staged write of a deposed leader is overwritten at its commit_id by another entry, which commits:
     the client has long been told "open", and only once."""
     bench.lead()
     write = bench.ask(put("mine"))
@@ -927,8 +930,8 @@ def test_a_write_that_another_leader_cut_is_not_taken_for_done(bench: Bench) -> 
 
 
 def test_a_request_is_passed_on_once(bench: Bench) -> None:
-    """DESIGN 7: a follower passes a request on to the leader, says whose it is and that it was passed on, and returns
-    the leader's answer. What has been passed on once is not passed on again."""
+    """README, messages: a follower passes a request on to the leader, says whose it is and that it was passed on, and
+    returns the leader's answer. What has been passed on once is not passed on again."""
     bench.follow(B)
     bench.transport.reachable = {B}
     write = bench.ask(put("k", b'"v"'), "me:77")
@@ -974,7 +977,7 @@ def test_other_refusals_of_the_leader_are_the_clients(bench: Bench, code: str) -
 
 
 def test_the_link_to_the_leader_is_cut(bench: Bench) -> None:
-    """FACTS 1.24: the link on which a write and a read were passed on ends. The write may have been executed: open. The
+    """TRAPS 24: the link on which a write and a read were passed on ends. The write may have been executed: open. The
     read is kept, and goes out again when the same leader's link is back."""
     bench.follow(B)
     bench.transport.reachable = {B}
@@ -1067,7 +1070,7 @@ def test_requests_wait_for_a_leader_to_appear(bench: Bench) -> None:
 
 
 def test_reads_wait_for_the_no_op(bench: Bench) -> None:
-    """Rule 7, FACTS 1.6: a new leader does not know the commit_id of the cluster before its own no-op has committed; a
+    """Rule 7, TRAPS 6: a new leader does not know the commit_id of the cluster before its own no-op has committed; a
     read that comes before waits for it."""
     bench.election.ask_for_vote()
     for pre_vote in (True, False):
@@ -1129,7 +1132,7 @@ def test_time_outs_of_a_leader(bench: Bench) -> None:
 
 
 def test_overloaded_by_size(make: Make) -> None:
-    """FACTS 1.38: what a leader has staged and not committed is bounded by `uncommitted_bytes`: the next write is
+    """TRAPS 38: what a leader has staged and not committed is bounded by `uncommitted_bytes`: the next write is
     refused at once and not executed; when the backlog has committed, writes are taken again."""
     bench = make(uncommitted_bytes=1000)
     bench.lead()
@@ -1166,8 +1169,8 @@ def test_overloaded_by_number(make: Make, where: str) -> None:
 
 
 def test_a_clean_stop(bench: Bench) -> None:
-    """DESIGN 4: from `begin_stop` on nothing new is taken, what waits for a leader is refused, and what is under way
-    may still commit; then the node is idle."""
+    """package docstring: from `begin_stop` on nothing new is taken, what waits for a leader is refused, and what is
+    under way may still commit; then the node is idle."""
     bench.lead()
     write = bench.ask(put(), "under way")
     bench.turn()
@@ -1264,8 +1267,8 @@ def live(peers: list[str] | None = None, **settings: Any) -> RaftNode:
 
 
 def test_methods_from_other_threads() -> None:
-    """DESIGN 4: the public methods may be called from any thread while the loop runs: eight threads put and read their
-    own keys, each read sees the thread's last put, and every version was counted once."""
+    """package docstring: the public methods may be called from any thread while the loop runs: eight threads put and
+    read their own keys, each read sees the thread's last put, and every version was counted once."""
     node = live(store_type="memory")
     try:
 

@@ -1,5 +1,5 @@
-"""The published interface (DESIGN 3): names, signatures, types and words that others rely on. A change here is a
-breaking change."""
+"""The published interface (published interface): names, signatures, types and words that others rely on. A change here
+is a breaking change."""
 
 from __future__ import annotations
 
@@ -114,15 +114,15 @@ def assert_signature(function: Any, wanted: Wanted, returns: str | None, optiona
 
 @pytest.mark.parametrize("published", CONSTRUCTORS, ids=lambda c: c.__name__)
 def test_constructors(published: type) -> None:
-    """DESIGN 3: the four classes are made with these arguments, by place or by name. What a later version adds is a
-    keyword with a default (the store takes `settings` so)."""
+    """published interface: the four classes are made with these arguments, by place or by name. What a later version
+    adds is a keyword with a default (the store takes `settings` so)."""
     assert_signature(published.__init__, CONSTRUCTORS[published], None, optional_more=True)
 
 
 @pytest.mark.parametrize(("owner", "method"), METHODS, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_methods(owner: type, method: str) -> None:
-    """DESIGN 3: every published method, with names, order and defaults of its parameters, and the types that are
-    given there."""
+    """published interface: every published method, with names, order and defaults of its parameters, and the types that
+    are given there."""
     wanted, returns = METHODS[owner, method]
     assert_signature(getattr(owner, method), wanted, returns)
 
@@ -143,7 +143,8 @@ def test_methods(owner: type, method: str) -> None:
     ],
 )
 def test_names(module: str, names: list[str]) -> None:
-    """DESIGN 3: every name is importable from the module that it is published in, and the module is documented."""
+    """published interface: every name is importable from the module that it is published in, and the module is
+    documented."""
     found = importlib.import_module(module)
     assert (found.__doc__ or "").strip()
     for name in names:
@@ -179,7 +180,7 @@ def test_constructors_are_documented(published: Any) -> None:
 
 
 def test_published_methods_are_documented() -> None:
-    """Every method of DESIGN 3 has a docstring of more than a word."""
+    """Every method of published interface has a docstring of more than a word."""
     for owner, method in METHODS:
         text = inspect.getdoc(getattr(owner, method)) or ""
         assert len(text.split()) > 5, f"{owner.__name__}.{method}"
@@ -248,7 +249,8 @@ def test_no_error_outside_the_tree() -> None:
 
 @pytest.mark.parametrize("code", messages.CODES)
 def test_every_code_has_its_error(code: str) -> None:
-    """DESIGN 7: codes are stable words. Each becomes a typed error that carries it, and tells it in its text."""
+    """README, messages: codes are stable words. Each becomes a typed error that carries it, and tells it in its
+    text."""
     error = error_for(code, "in words")
     assert isinstance(error, RequestError)
     assert type(error) is not RequestError
@@ -291,8 +293,8 @@ MESSAGES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("kind", MESSAGES)
 def test_message_types(kind: str) -> None:
-    """DESIGN 3 lists the message types: each is a request with these fields and no others required, has an answer of
-    the same type, and a failure of it says `"data": false` (or null) with the error's code and words."""
+    """published interface lists the message types: each is a request with these fields and no others required, has an
+    answer of the same type, and a failure of it says `"data": false` (or null) with the error's code and words."""
     request = messages.to_request({"type": kind, **MESSAGES[kind]})
     assert request.name == kind
     for field in MESSAGES[kind]:
@@ -310,8 +312,9 @@ def test_message_types(kind: str) -> None:
 
 
 def test_all_types_are_listed() -> None:
-    """The schema has the types of DESIGN 3 and `hello`, once each, split into those of clients and of members."""
+    """The schema has the types of published interface and `hello`, once each, split into those of clients and of
+    members."""
     assert {*messages.REQUEST_TYPES, *messages.PEER_TYPES} == {*MESSAGES, "hello"}
     assert not set(messages.REQUEST_TYPES) & set(messages.PEER_TYPES)
-    tags = [msgspec.inspect.type_info(each).tag for each in typing.get_args(messages.AnyRequest)]  # type: ignore[attr-defined]
-    assert sorted(tags) == sorted([*MESSAGES, "hello"])
+    tags = [msgspec.inspect.type_info(each).tag for each in typing.get_args(messages.AnyRequest)]  # type:
+    ignore[attr-defined] assert sorted(tags) == sorted([*MESSAGES, "hello"])

@@ -1,4 +1,5 @@
-"""A node inside another program (DESIGN 3, 4): `RaftNode` started, used and closed from that program's threads."""
+"""A node inside another program (published interface, 4): `RaftNode` started, used and closed from that program's
+threads."""
 
 from __future__ import annotations
 
@@ -259,7 +260,7 @@ def test_wrong_settings(tmp_path: Path, address: str, peers: list[str], timeout:
 
 
 def test_two_nodes_on_one_directory(make: Make, tmp_path: Path) -> None:
-    """DESIGN 6: the second is kept out, with the same address or another, while the first lives."""
+    """store docstring: the second is kept out, with the same address or another, while the first lives."""
     node = make(data_dir=tmp_path / "one").start()
     with pytest.raises(StoreInUse):
         make(node.my_ip, data_dir=tmp_path / "one")
@@ -293,7 +294,7 @@ def test_memory_is_thrown_away(make: Make) -> None:
 
 
 def test_a_directory_of_another_address(make: Make, tmp_path: Path) -> None:
-    """The directory of one node is refused to another address, in words that name the right one (DESIGN 5, rule 9); and
+    """The directory of one node is refused to another address, in words that name the right one (rule 9); and
     it is not harmed, nor held."""
     mine, other = free_addresses(2)
     with make(mine, data_dir=tmp_path / "one") as node:

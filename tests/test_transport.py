@@ -1,4 +1,5 @@
-"""The transport: blocking requests from other threads, and the links between members (DESIGN 3, 4; FACTS 1.35, 1.36).
+"""The transport: blocking requests from other threads, and the links between members (published interface, 4; TRAPS 35,
+36).
 
 What comes over a client's connection is tested in `test_wire`.
 """
@@ -155,8 +156,8 @@ def hello(of: RaftNode, as_node: str, address: str, **more: Any) -> dict[str, An
 
 
 def test_a_plain_transport_fills_its_queue(plain: Callable[..., Transport]) -> None:
-    """DESIGN 3: Transport(my_ip, timeout, queue) is a working part by itself: what is received lies in the queue,
-    typed, for whoever drains it; and an answer finds its way back to the one who asked."""
+    """published interface: Transport(my_ip, timeout, queue) is a working part by itself: what is received lies in the
+    queue, typed, for whoever drains it; and an answer finds its way back to the one who asked."""
     transport = plain(serve=True)
     with Line(transport.my_ip) as client:
         client.file.write(b'{"type":"put","key":"k","value":1,"id":1}\n{"type":"ping","id":2}\n')
@@ -183,7 +184,7 @@ def test_a_plain_transport_answers_what_is_malformed(plain: Callable[..., Transp
 
 
 def test_a_full_queue_answers_overloaded(plain: Callable[..., Transport]) -> None:
-    """FACTS 1.38: nobody drains the queue of two places: the third connection's request is answered `overloaded` at
+    """TRAPS 38: nobody drains the queue of two places: the third connection's request is answered `overloaded` at
     once, and the first two still lie there."""
     transport = plain(serve=True, size=2)
     with contextlib.ExitStack() as stack:
@@ -223,8 +224,8 @@ def test_a_bad_address(plain: Callable[..., Transport]) -> None:
 
 
 def test_the_codec(plain: Callable[..., Transport]) -> None:
-    """DESIGN 3: `decode_json` and `encode_json` are each other's inverse; whatever is no JSON object is our protocol
-    error, never one of a library."""
+    """published interface: `decode_json` and `encode_json` are each other's inverse; whatever is no JSON object is our
+    protocol error, never one of a library."""
     transport = plain()
     message = {"type": "put", "key": "ä💾", "value": [None, True, 1.5, 2**60, {"": []}]}
     line = transport.encode_json(message)
@@ -259,7 +260,8 @@ def test_the_codec(plain: Callable[..., Transport]) -> None:
 
 
 def test_echo_and_the_live_list(start: Callable[..., RaftNode], plain: Callable[..., Transport]) -> None:
-    """`echo` pings one peer and notes in `live` whether it answers; the list of peers is not touched (DESIGN 3)."""
+    """`echo` pings one peer and notes in `live` whether it answers; the list of peers is not touched (published
+    interface)."""
     node, gone = start(), free_addresses(1)[0]
     transport = plain(peers=[node.my_ip, gone])
     answer = transport.echo(node.my_ip)
@@ -329,7 +331,7 @@ def test_requests_of_a_member(start: Callable[..., RaftNode]) -> None:
 def test_a_stranger_gets_no_answer_out_of_a_member(
     start: Callable[..., RaftNode], plain: Callable[..., Transport]
 ) -> None:
-    """FACTS 1.35: a transport that belongs to no node sends no hello, and is told `wrong_cluster`; one of another
+    """TRAPS 35: a transport that belongs to no node sends no hello, and is told `wrong_cluster`; one of another
     cluster is refused at its hello, and gets nothing at all. Neither changes the node."""
     node = start()
     answer = plain().heartbeat(node.my_ip, {"term": 99, "leader": "x:1", "commit_id": 0})
@@ -356,8 +358,8 @@ def test_a_peer_that_never_answers(plain: Callable[..., Transport]) -> None:
 
 
 def test_redirect_to_leader(start: Callable[..., RaftNode], plain: Callable[..., Transport]) -> None:
-    """DESIGN 3: a client's request goes to whichever member can be reached, and the leader's answer comes back; when
-    nobody can be reached, that is Unavailable."""
+    """published interface: a client's request goes to whichever member can be reached, and the leader's answer comes
+    back; when nobody can be reached, that is Unavailable."""
     gone, address = free_addresses(2)
     node = start(address)
     transport = plain(peers=[gone, node.my_ip])
@@ -400,8 +402,8 @@ def test_redirect_does_not_repeat_a_write(
 
 
 def test_reconnect(start: Callable[..., RaftNode], plain: Callable[..., Transport]) -> None:
-    """DESIGN 3: up to 20 tries, False when nothing listens; True when something does, also when it begins to listen
-    between two tries. `stop` ends the tries."""
+    """published interface: up to 20 tries, False when nothing listens; True when something does, also when it begins to
+    listen between two tries. `stop` ends the tries."""
     late = free_addresses(1)[0]
     transport = plain()
     transport.settings = type(transport.settings)(reconnect_ms=1)
@@ -516,8 +518,8 @@ def test_links_come_back_every_time(start: Callable[..., RaftNode]) -> None:
 
 
 def test_a_dead_peer_leaves_only_the_live_list(start: Callable[..., RaftNode]) -> None:
-    """DESIGN 3: who does not answer leaves the live list; the membership stays, and a majority is counted over it: two
-    of three serve, one of three does not."""
+    """published interface: who does not answer leaves the live list; the membership stays, and a majority is counted
+    over it: two of three serve, one of three does not."""
     addresses = free_addresses(3)
     nodes = [start(me, [a for a in addresses if a != me], **FAST) for me in addresses]
     nodes[0].put("k", 1)
@@ -543,7 +545,7 @@ def serves(node: RaftNode) -> bool:
 
 
 def test_a_new_link_closes_the_old(start: Callable[..., RaftNode]) -> None:
-    """FACTS 1.36: a member opens its link again (its old one may hang): the older is closed first. A connection for
+    """TRAPS 36: a member opens its link again (its old one may hang): the older is closed first. A connection for
     single requests (`"link": false`) neither replaces the link nor is replaced by it; a client is not concerned."""
     me, peer, third = free_addresses(3)
     node = start(me, [peer, third], **CALM)
@@ -563,7 +565,7 @@ def test_a_new_link_closes_the_old(start: Callable[..., RaftNode]) -> None:
 
 
 def test_a_member_under_another_id(start: Callable[..., RaftNode]) -> None:
-    """Rule 9, FACTS 1.34: the first hello binds the address to a node id, on disk; a second id under that address is
+    """Rule 9, TRAPS 34: the first hello binds the address to a node id, on disk; a second id under that address is
     refused with `wrong_node`, and does not cut the link of the right one. So after a restart."""
     me, peer, third = free_addresses(3)
     node = start(me, [peer, third], **CALM)

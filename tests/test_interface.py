@@ -29,7 +29,7 @@ EMPTY = inspect.Parameter.empty
 POSITIONAL, VAR_KEYWORD = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.VAR_KEYWORD
 
 ANY = object()
-"""DESIGN gives no annotation."""
+"""The published interface gives no annotation."""
 
 Wanted = list[tuple[str, Any, Any]]
 """Name, default and annotation of each parameter; an annotation is a type, or a pattern of its words."""
@@ -316,5 +316,5 @@ def test_all_types_are_listed() -> None:
     members."""
     assert {*messages.REQUEST_TYPES, *messages.PEER_TYPES} == {*MESSAGES, "hello"}
     assert not set(messages.REQUEST_TYPES) & set(messages.PEER_TYPES)
-    tags = [msgspec.inspect.type_info(each).tag for each in typing.get_args(messages.AnyRequest)]  # type:
-    ignore[attr-defined] assert sorted(tags) == sorted([*MESSAGES, "hello"])
+    tags = [msgspec.inspect.type_info(each).tag for each in typing.get_args(messages.AnyRequest)]  # type: ignore
+    assert sorted(tags) == sorted([*MESSAGES, "hello"])

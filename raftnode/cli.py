@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -27,12 +28,16 @@ from raftnode.config import (
     DEFAULT_DATA_DIR,
     DEFAULT_NAMESPACE,
     DEFAULT_TIMEOUT_S,
+    Settings,
     parse_address,
 )
 from raftnode.errors import BadRequest, ConfigError, NodeDamaged, NotCommitted, RaftnodeError, StoreError, Unavailable
 from raftnode.raftnode import RaftNode
 from raftnode.store import STORE_TYPES
 from raftnode.version import __version__
+
+_OTHER_FILES = 128
+"""Open files that are no client's: the store, the log, links to members, surplus connections."""
 
 _STATUSES: tuple[tuple[type[RaftnodeError], int], ...] = (
     (BadRequest, 2),
@@ -122,10 +127,22 @@ def serve(**options: Any) -> None:
 def _serve(ip: str, peers: str, volume: Path, timeout: int, store: str, log_level: str, log_json: bool | None) -> None:
     log.setup(log_level, as_json=log_json)
     try:
-        node = RaftNode(ip, peers.split(","), timeout, data_dir=volume, store_type=store)
+        connections = _room_for_connections()
+        node = RaftNode(ip, peers.split(","), timeout, data_dir=volume, store_type=store, connections=connections)
         node.serve()
     except RaftnodeError as error:
         _fail(error)
+
+
+def _room_for_connections() -> int:
+    """Every connection is an open file: ask for as many as this process may have, and take no more clients than fit,
+    so that there are always some left for the store and the other members."""
+    wanted = Settings().connections
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = wanted + _OTHER_FILES if hard == resource.RLIM_INFINITY else min(hard, wanted + _OTHER_FILES)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return max(1, min(wanted, limit - _OTHER_FILES))
 
 
 @cli.command(context_settings={"ignore_unknown_options": True})  # a value may be -5

@@ -30,6 +30,7 @@ from raftnode.messages import ClientRequest, Hello, PeerRequest, decode_object, 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
 _SURPLUS = 64
+"""Connections over the limit that may stay until it is seen whether they are members'."""
 
 
 class Driver(Protocol):
@@ -44,7 +45,9 @@ class Driver(Protocol):
         ...
 
     @property
-    def is_idle(self) -> bool: ...
+    def is_idle(self) -> bool:
+        """True when nobody waits for an answer."""
+        ...
 
     def end(self) -> None:
         """There are no more turns: whoever still waits is told."""

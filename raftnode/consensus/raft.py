@@ -45,10 +45,10 @@ Ticket = object
 class Ready:
     """What one turn has to do. The order, kept by `Election.cycle`:
 
-    1. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
-    2. apply `committed`, which a majority holds durably;
+    1. apply `committed`, which a majority holds durably, and answer `reads`;
+    2. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
     3. one transaction: `ballot`, the cut and the entries of the journal, the effects;
-    4. send what step 1 held back, then `promises`: they say that something is on disk.
+    4. send what step 2 held back, then `promises`: they say that something is on disk.
     """
 
     ballot: Ballot | None = None

@@ -80,6 +80,8 @@ class RaftNode(Transport):
             super().serve()
             self.election.close()
             log.info("stopped", commit_id=self.store.commit_id)
+        except ConfigError:
+            raise  # it never ran; whoever started it is told
         except Exception as error:
             log.error("ended", why=str(error) or type(error).__name__)
             raise

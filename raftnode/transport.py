@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import queue
 import signal
 import threading
@@ -161,8 +162,8 @@ class Transport:
             )
         except OSError as error:
             raise ConfigError(
-                f"can't listen on {self.my_ip}: {error.strerror or error}. Is another node running there, or is it not "
-                "an address of this machine?"
+                f"can't listen on {self.my_ip}: {os.strerror(error.errno) if error.errno else error}. Is another node "
+                "running there, or is it not an address of this machine?"
             ) from error
 
     def _catch_signals(self) -> None:

@@ -14,7 +14,6 @@ import concurrent.futures
 import logging
 import queue
 import random
-import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -68,6 +67,7 @@ from raftnode.messages import (
     failure,
 )
 from raftnode.store import Store
+from raftnode.testing.processes import free_address
 from raftnode.transport import Transport
 
 ME, B, C = "a:1", "b:1", "c:1"
@@ -1253,12 +1253,6 @@ def test_heartbeat_handler_does_not_invent_a_position(bench: Bench) -> None:
 
 
 # --- from other threads ---------------------------------------------------------------------------------------
-
-
-def free_address() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{sock.getsockname()[1]}"
 
 
 def live(peers: list[str] | None = None, **settings: Any) -> RaftNode:

@@ -30,28 +30,12 @@ from raftnode.errors import (
     StoreInUse,
     Unavailable,
 )
+from raftnode.testing.processes import free_addresses
+from raftnode.testing.processes import wait_until as until
 
 PATIENCE = 20.0
 
 # --- helpers --------------------------------------------------------------------------------------------------
-
-
-def free_addresses(count: int) -> list[str]:
-    """Addresses on which nobody listens; held together, so that they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until `condition` is true; what it returned."""
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {PATIENCE} s in vain: {what}"
-        time.sleep(0.005)
-    return found
 
 
 Make = Callable[..., RaftNode]

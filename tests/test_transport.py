@@ -24,6 +24,8 @@ from raftnode import RaftNode
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, RequestError, Unavailable
 from raftnode.mailbox import Arrival, drain
 from raftnode.messages import PROTOCOL_VERSION, Ping, Put
+from raftnode.testing.processes import free_addresses
+from raftnode.testing.processes import wait_until as until
 from raftnode.transport import RECONNECT_TRIES, Transport
 
 PATIENCE = 20.0
@@ -32,24 +34,6 @@ CALM = {"election_low_ms": 30_000, "election_high_ms": 30_000}
 """No elections: nothing moves but what the test moves."""
 
 # --- helpers --------------------------------------------------------------------------------------------------
-
-
-def free_addresses(count: int) -> list[str]:
-    """Addresses on which nobody listens; held together, so that they differ."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("127.0.0.1", 0))
-        return [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-
-
-def until(condition: Callable[[], Any], what: str) -> Any:
-    """Wait until `condition` is true; what it returned."""
-    end = time.monotonic() + PATIENCE
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {PATIENCE} s in vain: {what}"
-        time.sleep(0.002)
-    return found
 
 
 class Line:

@@ -22,27 +22,14 @@ from raftnode import RaftNode, transport
 from raftnode.connections import Connection
 from raftnode.mailbox import Task
 from raftnode.messages import CODES, LMDB_KEY_BYTES, PROTOCOL_VERSION
+from raftnode.testing.processes import free_address
+from raftnode.testing.processes import wait_until as until
 
 PATIENCE = 10.0
 SWEEP = 0.05
 """Seconds between two looks at silent connections, in these tests."""
 
 # --- helpers --------------------------------------------------------------------------------------------------
-
-
-def free_address() -> str:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return f"127.0.0.1:{sock.getsockname()[1]}"
-
-
-def until(condition: Callable[[], Any], what: str, patience: float = PATIENCE) -> Any:
-    """Wait until `condition` is true; what it returned."""
-    end = time.monotonic() + patience
-    while not (found := condition()):
-        assert time.monotonic() < end, f"waited {patience} s in vain: {what}"
-        time.sleep(0.002)
-    return found
 
 
 def line(message: dict[str, Any]) -> bytes:

@@ -112,6 +112,11 @@ def free_addresses(count: int) -> list[str]:
     return [f"127.0.0.1:{port}" for port in sorted(found)]
 
 
+def free_address() -> str:
+    """One address on loopback where nothing listens."""
+    return free_addresses(1)[0]
+
+
 def _first_outgoing_port() -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         first = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])

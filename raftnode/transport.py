@@ -161,9 +161,10 @@ class Transport:
                 lambda: Connection(self), host, port, backlog=1024, reuse_address=True
             )
         except OSError as error:
+            why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
             raise ConfigError(
-                f"can't listen on {self.my_ip}: {os.strerror(error.errno) if error.errno else error}. Is another node "
-                "running there, or is it not an address of this machine?"
+                f"can't listen on {self.my_ip}: {why}. Is another node running there, or is it not an address of this "
+                "machine?"
             ) from error
 
     def _catch_signals(self) -> None:

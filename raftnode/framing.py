@@ -1,7 +1,7 @@
 """Where one message ends and the next begins. Bytes in, frames out; no socket. Layer 1, pure.
 
 A newline ends a message. For one-shot clients a whole object is also taken when no newline has come yet. So that the
-same bytes mean the same messages however the network cuts them, a line may hold several objects: `split_line` parts
+same bytes mean the same messages however the network cuts them, a line may hold several objects: `next_part` parts
 them, and whoever gets a line that is not one message calls it.
 """
 
@@ -58,13 +58,6 @@ class _Scanner:
     def move(self, by: int) -> None:
         """So many bytes were taken from the front of the buffer."""
         self._at -= by
-
-
-def split_line(line: bytes) -> list[bytes]:
-    """The messages in one line: each whole object at its beginning, and what is left, if it is not blank."""
-    parts, start = _take_objects(line)
-    rest = line[start:].rstrip()
-    return [*parts, rest] if rest else parts
 
 
 def next_part(line: bytes, start: int) -> tuple[bytes, int]:

@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raftnode import framing
-from raftnode.framing import TOO_LONG, Frame, Framer, TooLong, split_line
+from raftnode.framing import TOO_LONG, Frame, Framer, TooLong, next_part
 
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=600)
 
@@ -25,6 +25,16 @@ BIG = 1 << 30
 LONG = "<too long>"
 
 # --- helpers --------------------------------------------------------------------------------------------------
+
+
+def split_line(line: bytes) -> list[bytes]:
+    """The messages in one line, as the receiver takes them one by one."""
+    parts, at = [], 0
+    while at < len(line):
+        part, at = next_part(line, at)
+        if part:
+            parts.append(part)
+    return parts
 
 
 def shown(frames: Iterable[Frame]) -> list[bytes | str]:

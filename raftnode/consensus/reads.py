@@ -11,14 +11,12 @@ from __future__ import annotations
 class ReadRounds:
     """The reads of one leader.
 
-    Invariants: `confirmed <= number`; `number` only rises, across terms too.
+    Invariant: `number` only rises, across terms too.
     """
 
     def __init__(self) -> None:
         self.number = 0
         """The round that was started last."""
-        self.confirmed = 0
-        """The newest round that a majority confirmed."""
         self._waiting: list[tuple[int, object]] = []
         self._running: list[tuple[int, object]] = []
 
@@ -38,7 +36,6 @@ class ReadRounds:
         """A majority has confirmed `round`. Returns (commit_id, token) of the reads that this lets go on."""
         if round < self.number or not self._running:
             return []
-        self.confirmed = self.number
         done, self._running = self._running, []
         return done
 

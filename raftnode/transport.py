@@ -78,6 +78,7 @@ class Transport:
         self._identity: tuple[str, str] | None = None
         self._driver: Driver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._loop_thread = 0
         self._connections: set[Connection] = set()
         self.links: dict[str, Link] = {}
         """The open links by member; a link enters itself when it is connected and leaves when it ends."""
@@ -132,6 +133,7 @@ class Transport:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
+        self._loop_thread = threading.get_ident()
         self._stopped = asyncio.Event()
         server = await self._listen()
         sweeper = self._loop.create_task(self._sweep())
@@ -239,14 +241,11 @@ class Transport:
         loop = self._loop
         if loop is None or self._turn_due:
             return
-        try:
-            running = asyncio.get_running_loop()
-        except RuntimeError:
-            with contextlib.suppress(RuntimeError):  # the loop has ended in this moment
-                loop.call_soon_threadsafe(self._schedule)
-            return
-        if running is loop:
+        if threading.get_ident() == self._loop_thread:
             self._schedule()
+            return
+        with contextlib.suppress(RuntimeError):  # the loop has ended in this moment
+            loop.call_soon_threadsafe(self._schedule)
 
     def _schedule(self) -> None:
         if self._driver is not None and not self._turn_due and self._loop is not None:

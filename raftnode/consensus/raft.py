@@ -108,6 +108,7 @@ class Raft:
         self._heartbeat_due = now
         self._ballot_changed = False
         self._out = Ready()
+        self._others: tuple[Membership, tuple[str, ...]] | None = None
         self.rearm()
 
     # --- what others may look at ---
@@ -127,7 +128,10 @@ class Raft:
     @property
     def others(self) -> tuple[str, ...]:
         """The other members, learners too, sorted."""
-        return tuple(address for address in self.membership.addresses if address != self.me)
+        members = self.membership
+        if self._others is None or self._others[0] is not members:
+            self._others = (members, tuple(address for address in members.addresses if address != self.me))
+        return self._others[1]
 
     @property
     def may_serve_reads(self) -> bool:

@@ -148,6 +148,27 @@ def test_membership_is_in_force_when_appended() -> None:
     assert network["2"].raft.membership.commit_id == commit_id
 
 
+def test_leader_sends_to_whom_a_change_adds_from_then_on() -> None:
+    """A change takes a member out and brings it back. From when each is appended, the leader keeps progress of exactly
+    the members in force, sends the returned one what it lacks, heartbeats included, and counts its copy. (Thesis 4.1;
+    TRAPS 31.)"""
+    network = led_by_1()
+    raft = network["1"].raft
+    network.propose_commands("1", [members("1", "2")])
+    network.deliver()
+    assert raft.progress.keys() == {"2"}
+    network.propose("1", "without 3")
+    network.deliver()
+    network.propose_commands("1", [members("1", "2", "3")])
+    raft.beat()
+    assert raft.progress.keys() == {"2", "3"}
+    network.isolate("2")
+    network.propose("1", "with 3")
+    network.run(1.0)
+    assert raft.is_leader, "3 is heard, and counts"
+    assert network["3"].keys == ["without 3", "with 3"]
+
+
 def test_follower_counts_by_the_newest_membership_in_its_log() -> None:
     """A follower has the change in its log, not committed. When it campaigns, it needs the majority of the new members,
     and asks nobody else. (Thesis 4.1; TRAPS 31.)"""

@@ -280,7 +280,8 @@ class Raft:
         self.leader = self.me
         self._heartbeat_due = self._now
         self.uncommitted_bytes = 0
-        self.progress = {peer: Progress(self.journal.last.id.commit_id + 1, self._now) for peer in self.others}
+        self.progress = {}
+        self._meet_members()
         self._first_own = self.journal.last.id.commit_id + 1
         self._append(encode_command(Noop()))
 
@@ -531,8 +532,16 @@ class Raft:
         if self.is_leader:
             self._send_heartbeats()
 
+    def _meet_members(self) -> None:
+        """Keep progress of exactly the other members in force: a change counts from when it is appended (rule 8)."""
+        if self.progress.keys() != set(self.others):
+            next = self.journal.last.id.commit_id + 1
+            known = self.progress
+            self.progress = {peer: known.get(peer) or Progress(next, self._now) for peer in self.others}
+
     def _replicate(self) -> None:
         """Send every member the entries that it lacks, as far as its window lets, and start a read round if due."""
+        self._meet_members()
         last = self.journal.last.id.commit_id
         for peer in self.others:
             progress = self.progress[peer]
@@ -563,6 +572,7 @@ class Raft:
 
     def _send_heartbeats(self) -> None:
         self._heartbeat_due = self._now + self._beat
+        self._meet_members()
         for peer in self.others:
             self._send_heartbeat(peer)
 

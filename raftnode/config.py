@@ -18,7 +18,7 @@ DEFAULT_DATA_DIR = "data"
 DEFAULT_NAMESPACE = "default"
 DEFAULT_TIMEOUT_S = 5
 
-MIB, GIB = 1 << 20, 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 class Role(enum.StrEnum):

@@ -785,7 +785,7 @@ def test_a_failed_write_ends_the_node(tmp_path: Path) -> None:
     with pytest.raises(Unavailable) as refused:
         node.get("k")
     assert refused.value.code == "shutting_down"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 5, "it did not wait for its time-out"
 
 
 def test_a_leader_whose_sync_hangs_steps_down(bench: Bench) -> None:
@@ -1242,7 +1242,7 @@ def test_after_the_end(bench: Bench) -> None:
         with pytest.raises(Unavailable) as refused:
             call()
         assert refused.value.code == "shutting_down"
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5, "none waited for its time-out"
     assert bench.raft.term == 0
 
 

@@ -199,7 +199,7 @@ def test_after_the_close(make: Make) -> None:
         with pytest.raises(Unavailable) as refused:
             request()
         assert refused.value.code == "shutting_down"
-    assert time.monotonic() - began < 1
+    assert time.monotonic() - began < 4, "none waited for its time-out"
 
 
 def test_never_started_then_used(make: Make) -> None:

@@ -608,7 +608,7 @@ def test_error_does_not_wait_for_a_timer(start: Start, connect: Connect) -> None
         began = time.monotonic()
         client.send(bad)
         client.answer()
-        assert time.monotonic() - began < 2, "the answer waited for the next heartbeat"
+        assert time.monotonic() - began < 3, "the answer waited for the next heartbeat"
 
 
 def test_random_bytes(start: Start, connect: Connect) -> None:

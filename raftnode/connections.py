@@ -133,7 +133,7 @@ class Connection(Wire):
         self._under_way = 0
         self._in_order = False  # a request without id is under way
         self._is_paused = False
-        self._half_closed = False
+        self._is_closing = False  # nothing more is taken; what is under way is still answered
 
     # --- asyncio's side ---
 
@@ -144,6 +144,8 @@ class Connection(Wire):
         self.owner.admit_connection(self)
 
     def data_received(self, data: bytes) -> None:
+        if self._is_closing:
+            return  # a stranger that was refused goes on talking
         frames = self.framer.feed(data)
         if frames:
             self.last_frame_at = self.owner.now()
@@ -157,7 +159,7 @@ class Connection(Wire):
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
         self._backlog.extend(self.framer.at_end())
-        self._half_closed = True
+        self._is_closing = True
         self.begun_at = None
         self._pump()
         self._close_when_done()
@@ -249,7 +251,7 @@ class Connection(Wire):
             self._in_order = False
 
     def _read_on(self, may_read: bool) -> None:
-        if self._is_paused is not may_read or not self.is_open or self._half_closed:
+        if self._is_paused is not may_read or not self.is_open or self._is_closing:
             return
         self._is_paused = not may_read
         if may_read:
@@ -297,7 +299,8 @@ class Connection(Wire):
         self._pump_soon()
 
     def _close_when_done(self) -> None:
-        if self._half_closed and self.is_idle and not self._out and self.is_open:
+        has_answered = self._under_way == 0 and not self._backlog and not self._out
+        if self._is_closing and has_answered and self.is_open:
             self.transport.close()
 
     def refuse_surplus(self) -> None:
@@ -309,8 +312,9 @@ class Connection(Wire):
         self.close_after_answer()
 
     def close_after_answer(self) -> None:
-        """Send what is due, then end the connection: a member that was refused."""
-        self._half_closed = True
+        """Send what is due, then end the connection: somebody who was refused."""
+        self._is_closing = True
+        self.begun_at = None
 
     def become_link_of(self, peer: str, is_link: bool) -> None:
         """The other end is a member: it may send whole batches, and always ends its lines."""

@@ -2,7 +2,7 @@
 
     RaftnodeError
     +-- ConfigError              a setting, an address or an option is wrong; nothing has started
-    +-- StoreError               the data directory; `.what_to_do` is part of the message
+    +-- StoreError               the data directory; each message says what to do
     |   +-- StoreInUse           another process (or Store) holds the directory
     |   +-- StoreForeign         the directory or file is not ours
     |   +-- StoreTooNew          written by a newer format

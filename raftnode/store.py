@@ -6,9 +6,9 @@ format, the node's id and address, the cluster's id, the ballot, the commit_id, 
 memberships.
 
 **Who uses it**: one thread writes, the one that runs `Election.cycle` (or, without an election, the caller of `put`).
-`write` is the only transaction: ballot, cut and new entries, effects of what has committed, and commit_id, together, so
-that no crash can part them. Effects are applied in memory first (`apply`) and are in `write`'s next transaction; they
-lose nothing by waiting, as they are in the log of a majority.
+Once a node is made, `write` is the only transaction: ballot, cut and new entries, effects of what has committed, and
+commit_id, together, so that no crash can part them. Effects are applied in memory first (`apply`) and are in `write`'s
+next transaction; they lose nothing by waiting, as they are in the log of a majority.
 
 **Recovery** needs nobody: take the directory's lock, sync (what is visible must be durable before anything is said of
 it), check the format, whose node it is, that the log has no hole and that its end matches its checksums, load the

@@ -713,6 +713,17 @@ def test_two_leaders_of_one_term_do_not_end_the_node(start: Start, connect: Conn
     assert leader.ask(type="peers")["leader"] == first
 
 
+def test_a_stranger_that_goes_on_talking_is_let_go(start: Start, connect: Connect) -> None:
+    """A refused member gets its reason and the end of the connection (rule 9), also when it has begun another message
+    and never ends it: what it says after the refusal is not waited for."""
+    node = start([free_address()])
+    client = connect(node)
+    client.send(line(hello(node, free_address(), cluster="another")) + b'{"type":"put","key":"a","val')
+    assert_refused(client.answer(), "wrong_cluster")
+    until(client.is_ended, "the connection is ended")
+    assert connect(node).ask(type="ping")["data"] is True
+
+
 def test_strangers_leave_nothing_behind(start: Start, connect: Connect) -> None:
     """Nothing grows without bound (package docstring): 300 hellos under as many made-up names are refused, those with
     names longer than any address already as messages, in few words, and the node does not remember every one of

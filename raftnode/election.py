@@ -96,9 +96,21 @@ class Election:
     Invariant: one turn at a time, whichever thread takes it.
     """
 
-    def __init__(self, transport: Transport, store: Store, queue: queue.Queue[list[Letter]]) -> None:
+    def __init__(
+        self,
+        transport: Transport,
+        store: Store,
+        queue: queue.Queue[list[Letter]],
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+        chance: random.Random | None = None,
+    ) -> None:
         """Take over `store` and drive `transport`, whose mailbox is `queue`. An empty store is founded with the
         transport's address and peers; from then on the membership comes from the store.
+
+        `clock` (seconds, monotonic), `wall_clock` (seconds since 1970) and `chance` are for a simulator to pass in: the
+        time and the chance of everything that this node does (rule 11).
 
         Raises StoreForeign when the store belongs to another address.
         """
@@ -106,9 +118,9 @@ class Election:
         self.store = store
         self.queue = queue
         self.settings = store.settings
-        self.chance = random.Random()
-        self.clock: Callable[[], float] = time.monotonic
-        self.wall_clock: Callable[[], float] = time.time
+        self.chance = chance or random.Random()
+        self.clock = clock
+        self.wall_clock = wall_clock
         store.found(transport.my_ip, transport.peers)
         store.owner = self
         self.me = transport.my_ip

@@ -12,9 +12,8 @@ from typing import Any, Final
 
 from msgspec import UNSET
 
-from raftnode.connections import Connection
 from raftnode.consensus.raft import Raft
-from raftnode.mailbox import Arrival, Cut, Greeting, LinkEnd
+from raftnode.mailbox import Arrival, Cut, Greeting, LinkEnd, MemberEnd
 from raftnode.messages import PROTOCOL_VERSION, Hello, HelloAnswer, VoteRequest
 from raftnode.store import Store
 from raftnode.transport import Transport
@@ -52,7 +51,7 @@ class Handshake:
         """Another member, or a stranger, opens a link to us (rule 9)."""
         hello, connection = arrival.message, arrival.origin
         assert isinstance(hello, Hello)
-        if not isinstance(connection, Connection):
+        if not isinstance(connection, MemberEnd):
             arrival.refuse("bad_request", "hello begins a connection between members")
             return
         problem = self._problem_with(hello.cluster, hello.node, hello.address, hello.protocol)

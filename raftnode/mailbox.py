@@ -9,7 +9,7 @@ from __future__ import annotations
 import queue
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from raftnode.messages import Answer, AnyAnswer, AnyRequest, HelloAnswer, Id, failure
 
@@ -33,6 +33,23 @@ class Origin(Protocol):
 
     def defer(self, arrival: Arrival) -> None:
         """Bring this request again when there is room for its answer."""
+        ...
+
+
+@runtime_checkable
+class MemberEnd(Origin, Protocol):
+    """An origin on which another member may introduce itself: a connection."""
+
+    def become_link_of(self, peer: str, is_link: bool) -> None:
+        """The other end is the member `peer`; with `is_link` this is its one link."""
+        ...
+
+    def close_after_answer(self) -> None:
+        """Take nothing more, and end once it has its answer."""
+        ...
+
+    def cut(self) -> None:
+        """End it at once."""
         ...
 
 

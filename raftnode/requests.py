@@ -64,7 +64,7 @@ class Requests:
         self._stopping_since: float | None = None
         self._lead_term = 0  # the term that this node leads in; 0 when it does not
         self._waiting: dict[int, Arrival] = {}
-        self._reads: set[Arrival] = set()
+        self._reads: dict[Arrival, None] = {}  # a set that keeps its order: one seed, one trace
         self._local_reads: list[Arrival] = []
         self._forwarded: dict[Arrival, str] = {}  # with the leader that it was passed on to
         self._parked: deque[Arrival] = deque()
@@ -166,7 +166,7 @@ class Requests:
         elif len(self._reads) >= self._settings.waiting_requests:
             arrival.refuse("overloaded", "too many reads wait; try again later")
         else:
-            self._reads.add(arrival)
+            self._reads[arrival] = None
             self._raft.read(arrival)
 
     def _pass_on(self, arrival: Arrival, message: ClientRequest) -> None:
@@ -222,7 +222,8 @@ class Requests:
     def _still_awaited(self, tokens: list[object]) -> list[Arrival]:
         """Those reads whose time is not up."""
         reads = [token for token in tokens if isinstance(token, Arrival) and token in self._reads]
-        self._reads.difference_update(reads)
+        for read in reads:
+            del self._reads[read]
         return reads
 
     def _answer_write(self, entry: Entry, outcome: Outcome) -> None:
@@ -330,7 +331,7 @@ class Requests:
             del self._forwarded[arrival]
             self._refuse_forwarded(arrival, "the leader did not answer in time")
         for arrival in [a for a in self._reads if a.deadline <= self._now]:
-            self._reads.discard(arrival)
+            del self._reads[arrival]
             arrival.refuse("no_leader", "no majority confirmed the leader in time")
         for arrival in [a for a in self._parked if a.deadline <= self._now]:
             self._parked.remove(arrival)

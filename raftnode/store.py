@@ -53,9 +53,9 @@ Finder: TypeAlias = Callable[[bytes], records.Record | None]
 STORE_TYPES: Final = ("memory", "database")
 
 
-def _first_facts() -> dict[bytes, bytes]:
+def _first_facts(node_id: str | None) -> dict[bytes, bytes]:
     """What a new node knows of itself: from its first transaction on it has an id, and will never be another."""
-    facts: dict[bytes, object] = {b"format": records.FORMAT, b"node": secrets.token_hex(8)}
+    facts: dict[bytes, object] = {b"format": records.FORMAT, b"node": node_id or secrets.token_hex(8)}
     return {name: records.pack_meta(name, fact) for name, fact in facts.items()}
 
 
@@ -67,9 +67,15 @@ class Store:
     """
 
     def __init__(
-        self, store_type: str = "memory", data_dir: str | Path = "data", *, settings: Settings | None = None
+        self,
+        store_type: str = "memory",
+        data_dir: str | Path = "data",
+        *,
+        settings: Settings | None = None,
+        new_id: str | None = None,
     ) -> None:
         """Open `data_dir` ('database'), making it if need be, or a throw-away directory without sync ('memory').
+        `new_id`: for a simulator, the id of a node that is made here; else it is drawn at random.
 
         Raises ConfigError for another `store_type`; StoreInUse, StoreForeign, StoreTooNew, StoreDamaged or StoreFailed
         when the directory can't be used, each saying what to do.
@@ -81,7 +87,7 @@ class Store:
         self._memory = None if self.is_durable else MemoryDirectory()
         directory = Path(data_dir) if self._memory is None else self._memory.path
         try:
-            self._env = Environment(directory, self.settings, self.is_durable, _first_facts)
+            self._env = Environment(directory, self.settings, self.is_durable, lambda: _first_facts(new_id))
         except BaseException:
             if self._memory is not None:
                 self._memory.remove()

@@ -25,7 +25,7 @@ from raftnode.blocking import Caller, ConnectFailed
 from raftnode.config import Settings, canonical_address, parse_address
 from raftnode.connections import Connection, Link, Wire
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, Unavailable
-from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, insert
+from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, MemberEnd, insert
 from raftnode.messages import ClientRequest, Hello, PeerRequest, decode_object, encode, encode_object
 
 RECONNECT_TRIES = 20
@@ -335,7 +335,7 @@ class Transport:
             assert connection.peer is not None, "a link is a member's"
             self.deliver([Cut(connection.peer)], limited=False)
 
-    def replace_connection(self, connection: Connection, peer: str) -> None:
+    def replace_connection(self, connection: MemberEnd, peer: str) -> None:
         """A member has opened a new link: an older one of its is closed first (TRAPS 36)."""
         for other in list(self._connections):
             if other.peer == peer and other.is_link and other is not connection:

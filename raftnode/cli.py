@@ -57,7 +57,9 @@ def _fail(error: RaftnodeError) -> NoReturn:
 def _serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.option("--ip", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", envvar="RAFTNODE_IP",
-                     help="Address to listen on; the other members know this node by it."),
+                     help="Address by which the members know this node; it listens there, too."),
+        click.option("--listen", metavar="HOST:PORT", envvar="RAFTNODE_LISTEN",
+                     help="Address to listen on, where that is another (NAT, containers).  [default: as --ip]"),
         click.option("--peers", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_PEERS",
                      help="The other members. None: a cluster of one. Counts when the store is empty."),
         click.option("--volume", default=DEFAULT_DATA_DIR, show_default=True, metavar="DIR", envvar="RAFTNODE_VOLUME",
@@ -124,12 +126,20 @@ def serve(**options: Any) -> None:
     _serve(**options)
 
 
-def _serve(ip: str, peers: str, volume: Path, timeout: int, store: str, log_level: str, log_json: bool | None) -> None:
+def _serve(
+    ip: str,
+    listen: str | None,
+    peers: str,
+    volume: Path,
+    timeout: int,
+    store: str,
+    log_level: str,
+    log_json: bool | None,
+) -> None:
     log.setup(log_level, as_json=log_json)
     try:
-        connections = _room_for_connections()
-        node = RaftNode(ip, peers.split(","), timeout, data_dir=volume, store_type=store, connections=connections)
-        node.serve()
+        options = {"listen": listen, "data_dir": volume, "store_type": store, "connections": _room_for_connections()}
+        RaftNode(ip, peers.split(","), timeout, **options).serve()
     except RaftnodeError as error:
         _fail(error)
 

@@ -33,22 +33,26 @@ class RaftNode(Transport):
     def __init__(self, my_ip: str, peers: list[str], timeout: int, **kwargs: Any) -> None:
         """Open the store and get ready; nothing is sent or listened to yet.
 
-        `my_ip`: `host:port`, to listen on and to be known by. `peers`: the other members (a list, or one string with
+        `my_ip`: `host:port`, to be known by and to listen on. `peers`: the other members (a list, or one string with
         commas); they count when the store is empty, later starts take the membership from it. `timeout`: seconds that
         a request may take before it is answered with an error.
 
-        Keywords: `data_dir` (default "data"), `store_type` ('database', durable, or 'memory', for trials), and any
-        field of `config.Settings`, for example `heartbeat_ms=50`.
+        Keywords: `data_dir` (default "data"), `store_type` ('database', durable, or 'memory', for trials), `listen`
+        (`host:port` to listen on where that is not the address to be known by, as behind NAT or in a container), and
+        any field of `config.Settings`, for example `heartbeat_ms=50`.
 
         Raises ConfigError or a StoreError, each saying what to do.
         """
         store_type = kwargs.pop("store_type", "database")
         data_dir = kwargs.pop("data_dir", DEFAULT_DATA_DIR)
+        listen = kwargs.pop("listen", None)
         if timeout < 1:
             raise ConfigError(f"timeout is {timeout}: it must be at least 1 second")
         settings = from_environment(**{"request_timeout_ms": timeout * 1000, **kwargs})
         mailbox: queue.Queue[list[Letter]] = queue.Queue(settings.mailbox_batches)
         super().__init__(my_ip, timeout, mailbox)
+        if listen is not None:
+            self.listen = canonical_address(listen)
         self.peers = _others(self.my_ip, peers)
         self.store = Store(store_type, Path(data_dir), settings=settings)
         try:

@@ -58,13 +58,15 @@ class Driver(Protocol):
 class Transport:
     """The sockets of one node.
 
-    Public facts: `my_ip` (host:port, its name in the cluster), `timeout` (seconds for one request of a caller's
-    thread), `queue`, `peers` (the other members), `live` (those that answer now; says nothing of the membership).
+    Public facts: `my_ip` (host:port, its name in the cluster), `listen` (host:port to listen on; the same, unless it
+    was set to another before `serve`), `timeout` (seconds for one request of a caller's thread), `queue`, `peers` (the
+    other members), `live` (those that answer now; says nothing of the membership).
     """
 
     def __init__(self, my_ip: str, timeout: int, queue: queue.Queue[list[Letter]]) -> None:
-        """`my_ip`: address to listen on, as the other members know it. Raises ConfigError for a bad address."""
+        """`my_ip`: address by which the other members know it, and to listen on. Raises ConfigError for a bad one."""
         self.my_ip = canonical_address(my_ip)
+        self.listen = self.my_ip
         self.timeout = timeout
         self.queue: Mailbox = queue
         self.peers: list[str] = []
@@ -140,7 +142,7 @@ class Transport:
         self._keep_links()
         self._catch_signals()
         self._serving.set()
-        self.log.info("listening", extra={"address": self.my_ip})
+        self.log.info("listening", extra={"address": self.my_ip, "listen": self.listen})
         try:
             if self._stopping.is_set():
                 self._begin_stop()
@@ -156,7 +158,7 @@ class Transport:
             self._loop = None
 
     async def _listen(self) -> asyncio.Server:
-        host, port = parse_address(self.my_ip)
+        host, port = parse_address(self.listen)
         assert self._loop is not None
         try:
             return await self._loop.create_server(
@@ -165,7 +167,7 @@ class Transport:
         except OSError as error:
             why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
             raise ConfigError(
-                f"can't listen on {self.my_ip}: {why}. Is another node running there, or is it not an address of this "
+                f"can't listen on {self.listen}: {why}. Is another node running there, or is it not an address of this "
                 "machine?"
             ) from error
 

@@ -26,7 +26,7 @@ import lmdb
 import pytest
 from click.testing import CliRunner, Result
 
-from raftnode import __version__, records
+from raftnode import Client, __version__, records
 from raftnode.cli import cli
 from raftnode.config import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, ENVIRONMENT
 from raftnode.testing.processes import (
@@ -36,6 +36,7 @@ from raftnode.testing.processes import (
     NodeProcess,
     command_environment,
     free_addresses,
+    inspect,
     wait_until,
 )
 
@@ -353,6 +354,9 @@ def test_wrong_usage_has_status_2(shell: Shell, words: list[str], said: str) -> 
         (["--ip", "127.0.0.1:0"], {}, "port"),
         (["--peers", "10.0.0.1"], {}, "expected host:port"),
         (["--ip", "192.0.2.1:5001"], {}, "can't listen on 192.0.2.1:5001"),
+        (["--listen", "192.0.2.1:5001"], {}, "can't listen on 192.0.2.1:5001"),
+        (["--listen", "5001"], {}, "expected host:port"),
+        ([], {"RAFTNODE_LISTEN": "nonsense"}, "expected host:port"),
         ([], {"HB_TIME": "fast"}, "HB_TIME"),
         ([], {"HB_TIME": "500", "LOW_TIMEOUT": "400"}, "HB_TIME"),
     ],
@@ -522,6 +526,31 @@ def test_without_a_command_it_serves(shell: Shell, tmp_path: Path) -> None:
 def _got(shell: Shell, key: str, address: str) -> str | None:
     ran = shell("get", key, "--node", address, "--timeout", "1")
     return ran.stdout if ran.exit_code == 0 else None
+
+
+def test_a_node_listens_where_it_is_told_to(tmp_path: Path) -> None:
+    """Behind NAT the members know a node by an address that its machine does not have: `--listen`, or RAFTNODE_LISTEN,
+    says where it listens, and its name stays what `--ip` says, in its log, its answers and its directory. Brought about
+    with an address of no machine of ours, and seen for each way of saying it; an empty variable says nothing."""
+    known_as, [listen] = "192.0.2.1:5001", free_addresses(1)
+    command = [sys.executable, "-m", "raftnode", "serve", "--ip", known_as, "--volume", str(tmp_path)]
+    for words, environment in ((["--listen", listen], {"RAFTNODE_LISTEN": known_as}), ([], {"RAFTNODE_LISTEN": listen})):
+        environment = command_environment(environment)
+        with subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stderr is not None
+                lines = (json.loads(line) for line in process.stderr)
+                listening = next(line for line in lines if line["event"] == "listening")
+                assert (listening["address"], listening["listen"]) == (known_as, listen)
+                with Client(listen) as client:
+                    client.put("name", "John Doe")
+                    assert client.peers()["peers"] == [known_as]
+            finally:
+                process.kill()
+    [info] = inspect(tmp_path, "info")
+    assert info["address"] == known_as
+    ran = _serve("serve", "--ip", known_as, "--volume", str(tmp_path), RAFTNODE_LISTEN="")
+    assert f"can't listen on {known_as}" in ran.stderr.splitlines()[-1]
 
 
 class _Foreground:

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from raftnode import Client, Node, RaftNode
+from raftnode.config import parse_address
 from raftnode.errors import (
     BadRequest,
     ConfigError,
@@ -220,6 +221,23 @@ def test_the_address_is_taken(make: Make) -> None:
         assert not threads_of(node)
     again = make(address, data_dir=node.store.data_dir).start()
     assert again.put("k", 1)["version"] == 1
+
+
+def test_another_address_to_listen_on(make: Make, tmp_path: Path) -> None:
+    """The address by which the members know a node need not be one of its machine: `listen` says where it listens, and
+    its identity stays the former. What is no address is told before the directory is touched. Seen: it serves there,
+    and nothing listens at the other."""
+    known, listening = free_addresses(2)
+    with pytest.raises(ConfigError, match="expected host:port"):
+        make(known, data_dir=tmp_path / "untouched", listen="nowhere")
+    assert not (tmp_path / "untouched").exists()
+    node = make(known, listen=listening).start()
+    assert (node.my_ip, node.listen) == (known, listening)
+    with Client(listening) as client:
+        client.put("k", 1)
+        assert client.peers()["peers"] == [known]
+    with pytest.raises(OSError, match="refused"):
+        socket.create_connection(parse_address(known), 1)
 
 
 @pytest.mark.parametrize(

@@ -534,7 +534,10 @@ def test_a_node_listens_where_it_is_told_to(tmp_path: Path) -> None:
     with an address of no machine of ours, and seen for each way of saying it; an empty variable says nothing."""
     known_as, [listen] = "192.0.2.1:5001", free_addresses(1)
     command = [sys.executable, "-m", "raftnode", "serve", "--ip", known_as, "--volume", str(tmp_path)]
-    for words, environment in ((["--listen", listen], {"RAFTNODE_LISTEN": known_as}), ([], {"RAFTNODE_LISTEN": listen})):
+    for words, environment in (
+        (["--listen", listen], {"RAFTNODE_LISTEN": known_as}),
+        ([], {"RAFTNODE_LISTEN": listen}),
+    ):
         environment = command_environment(environment)
         with subprocess.Popen([*command, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
             try:

@@ -44,6 +44,7 @@ from raftnode.client import Client
 from raftnode.config import DEFAULT_NAMESPACE, ENVIRONMENT, Settings, parse_address
 from raftnode.errors import NotCommitted, ProtocolError, Unavailable, error_for
 from raftnode.messages import decode_object, encode_object
+from raftnode.testing.proxy import Proxy
 
 T = TypeVar("T")
 
@@ -165,10 +166,13 @@ class NodeProcess:
         directory: Path,
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
+        listen: str | None = None,
     ) -> None:
         """`members`: addresses of the cluster, this one's among them or not. The data goes below `directory`.
-        `environment`: settings (HB_TIME, ...). `options`: more of the command line. Nothing is started yet."""
+        `environment`: settings (HB_TIME, ...). `options`: more of the command line. `listen`: where it listens, when
+        that is not its address. Nothing is started yet."""
         self.address = address
+        self.listen = listen or address
         self.members = sorted({address, *members})
         self.name = f"node-{parse_address(address)[1]}"
         self.volume = directory / self.name
@@ -195,7 +199,8 @@ class NodeProcess:
         """The command line that starts it."""
         peers = ",".join(member for member in self.members if member != self.address)
         where = ["--ip", self.address, "--peers", peers, "--volume", str(self.volume)]
-        return [sys.executable, "-m", "raftnode", "serve", *where, *self.options]
+        listen = ["--listen", self.listen] if self.listen != self.address else []
+        return [sys.executable, "-m", "raftnode", "serve", *where, *listen, *self.options]
 
     @property
     def is_running(self) -> bool:
@@ -266,9 +271,10 @@ class NodeProcess:
     # --- asking it ---
 
     def ask(self, message: dict[str, Any], timeout: float = 1.0) -> dict[str, Any] | None:
-        """One request over a connection of its own; None when there is no answer within `timeout` seconds."""
+        """One request over a connection of its own, past a proxy; None when there is no answer within `timeout`
+        seconds."""
         try:
-            connection = LineConnection(self.address, timeout, Settings().peer_frame_bytes)
+            connection = LineConnection(self.listen, timeout, Settings().peer_frame_bytes)
             with contextlib.closing(connection):
                 return decode_object(connection.request(encode_object(message), timeout))
         except (OSError, ProtocolError):
@@ -375,7 +381,10 @@ def _as_event(line: str) -> dict[str, Any]:
 
 
 class ClusterOfProcesses:
-    """Nodes on loopback that are each other's members. As a context manager it starts them all, and ends them."""
+    """Nodes on loopback that are each other's members. As a context manager it starts them all, and ends them.
+
+    With `proxied` there is a `proxy` between them, and between them and their clients: see `raftnode.testing.proxy`.
+    """
 
     def __init__(
         self,
@@ -383,15 +392,19 @@ class ClusterOfProcesses:
         directory: Path | None = None,
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
+        proxied: bool = False,
     ) -> None:
         """`directory`: where data and logs go and stay; None: a temporary one. `environment` and `options`: for every
-        node, see `NodeProcess`. Nothing is started yet."""
+        node, see `NodeProcess`. Nothing is started yet, but a proxy."""
         self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="raftnode-cluster-")
         self.directory = Path(directory or self._temporary.name)  # type: ignore[union-attr]
-        self.addresses = free_addresses(size)
+        found = free_addresses(2 * size if proxied else size)
+        self.addresses, listens = found[:size], found[-size:]
         self.nodes = [
-            NodeProcess(address, self.addresses, self.directory, environment, options) for address in self.addresses
+            NodeProcess(address, self.addresses, self.directory, environment, options, listen)
+            for address, listen in zip(self.addresses, listens, strict=True)
         ]
+        self._proxy = Proxy(dict(zip(self.addresses, listens, strict=True))) if proxied else None
 
     def __getitem__(self, index: int) -> NodeProcess:
         return self.nodes[index]
@@ -418,6 +431,12 @@ class ClusterOfProcesses:
     # --- its life ---
 
     @property
+    def proxy(self) -> Proxy:
+        """The network between the nodes, when it is `proxied`."""
+        assert self._proxy is not None, "this cluster has no proxy"
+        return self._proxy
+
+    @property
     def running(self) -> list[NodeProcess]:
         """The nodes that have a process that is not paused."""
         return [node for node in self.nodes if node.is_running and not node.is_paused]
@@ -436,7 +455,10 @@ class ClusterOfProcesses:
         return self
 
     def heal(self) -> Self:
-        """Resume what is paused, start what does not run, and wait until there is a leader and all have caught up."""
+        """Open every road, resume what is paused, start what does not run, and wait until there is a leader and all
+        have caught up."""
+        if self._proxy is not None:
+            self._proxy.heal()
         for node in self.nodes:
             if node.is_running and node.is_paused:
                 node.resume()
@@ -462,6 +484,8 @@ class ClusterOfProcesses:
     def close(self) -> None:
         """End every process, and remove a temporary directory. May be called again."""
         self.kill()
+        if self._proxy is not None:
+            self._proxy.close()
         if self._temporary is not None:
             self._temporary.cleanup()
         atexit.unregister(self.close)

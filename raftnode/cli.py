@@ -29,10 +29,12 @@ from raftnode.config import (
     DEFAULT_NAMESPACE,
     DEFAULT_TIMEOUT_S,
     Settings,
+    canonical_address,
     parse_address,
 )
 from raftnode.errors import BadRequest, ConfigError, NodeDamaged, NotCommitted, RaftnodeError, StoreError, Unavailable
 from raftnode.raftnode import RaftNode
+from raftnode.repair import repair as repair_directory
 from raftnode.store import STORE_TYPES
 from raftnode.version import __version__
 
@@ -284,6 +286,28 @@ def ping(node: str, timeout: float, as_json: bool) -> None:
         client.ping()  # opens the connection
         took_ms = client.ping() * 1000
     click.echo(json.dumps({"ms": round(took_ms, 3)}) if as_json else f"{took_ms:.2f} ms")
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--node", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_NODE",
+              help="Members to take entries from, in turn.  [default: all others]")  # fmt: skip
+@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.001), metavar="SECONDS",
+              help="Longest time for one answer of a member.")  # fmt: skip
+@click.option("--dry-run", "is_dry", is_flag=True, help="Say what would be done. Status 5 when something is damaged.")
+def repair(directory: Path, node: str, timeout: float, is_dry: bool) -> None:
+    """Put right what is damaged in DIR, the data directory of a stopped node.
+
+    Every record is checked. Damaged log entries are taken from the members, and only where what is left of the log
+    proves them; committed values are made anew from the log. What can't be proved is refused (status 3), with the
+    reason and what to do, and nothing is changed. Nothing is ever cut off.
+    """
+    try:
+        nodes = [canonical_address(address) for address in node.split(",") if address.strip()]
+        if not repair_directory(directory, nodes, tell=click.echo, is_dry=is_dry, timeout=timeout):
+            raise SystemExit(5)
+    except RaftnodeError as error:
+        _fail(error)
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ from msgspec import UNSET, Struct
 
 from raftnode.config import Role, canonical_address
 from raftnode.consensus.raft import Raft, Ready, Ticket
-from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, Unavailable, error_for
+from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, StoreDamaged, Unavailable, error_for
 from raftnode.handshake import Handshake
 from raftnode.log import get_logger
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply, Task, drain
@@ -45,6 +45,9 @@ from raftnode.messages import (
     Data,
     DataAnswer,
     Delete,
+    Entries,
+    EntriesAnswer,
+    Entry,
     Get,
     Heartbeat,
     HeartbeatAnswer,
@@ -142,6 +145,7 @@ class Election:
             Ping: self._on_ping,
             Peers: self._on_peers,
             Status: self._on_status,
+            Entries: self._on_entries,
             AddPeer: self._on_add_peer,
             RemovePeer: self._on_remove_peer,
         }
@@ -329,6 +333,26 @@ class Election:
             "storage": {**store.sizes(), "full": store.room(self._now) < self.settings.reserve_bytes},
             "uptime_s": round(self._now - self._started, 3),
         }
+
+    def _on_entries(self, arrival: Arrival) -> None:
+        """Committed entries for the repair of another member, as many as go into one message. Damage that shows here
+        is told to who asked, and does not end this node: nothing of what it does rests on this reading."""
+        message, journal, settings = arrival.message, self.store.journal, self.settings
+        assert isinstance(message, Entries)
+        first, last = message.first, min(message.last, self.raft.commit_id)
+        if first < journal.first:
+            arrival.refuse("bad_request", f"the log of this node begins at {journal.first}")
+            return
+        last = min(last, first + settings.batch_entries - 1)
+        entries: list[Entry] = []
+        try:
+            if first <= last:
+                entries = journal.entries(first, last, settings.batch_bytes)
+        except StoreDamaged as damage:
+            self.log.error("damaged_entry", why=str(damage))
+            arrival.refuse("damaged", str(damage))
+        else:
+            arrival.answer(EntriesAnswer(entries=entries, commit_id=self.raft.commit_id))
 
     def _on_add_peer(self, arrival: Arrival) -> None:
         message = arrival.message

@@ -35,10 +35,15 @@ class Environment:
     """An open data directory. Invariant: after the first failed commit or sync, every use raises StoreFailed."""
 
     def __init__(
-        self, data_dir: Path, settings: Settings, durable: bool, first_facts: Callable[[], dict[bytes, bytes]]
+        self, data_dir: Path, settings: Settings, durable: bool, first_facts: Callable[[], dict[bytes, bytes]] | None
     ) -> None:
         """Open, or create with `first_facts` in `meta`; the fact `node` names the node. Raises a StoreError that says
-        what is wrong with the directory and what to do."""
+        what is wrong with the directory and what to do.
+
+        Without `first_facts`, for a repair: nothing is created, and every page is looked at from the outside before
+        LMDB, which a damaged one may kill, reads any."""
+        if first_facts is None and not any((data_dir / n).exists() for n in (records.DATA_FILE, records.LOCK_FILE)):
+            raise StoreForeign(f"{data_dir} holds no node: there is no {records.DATA_FILE} in it")
         self.path = data_dir
         self._settings = settings
         self._durable = durable
@@ -47,6 +52,8 @@ class Environment:
         self._lock_fd = _take_lock(data_dir)
         try:
             self._check_files()
+            if first_facts is None:
+                check_structure(data_dir)
             self._env = self._open()
             self._dbs = self._open_databases(first_facts)
             self._settle()
@@ -99,7 +106,7 @@ class Environment:
             raise
         return env
 
-    def _open_databases(self, first_facts: Callable[[], dict[bytes, bytes]]) -> dict[bytes, lmdb._Database]:
+    def _open_databases(self, first_facts: Callable[[], dict[bytes, bytes]] | None) -> dict[bytes, lmdb._Database]:
         """The databases; in a blank file they are made together with the first facts, in one transaction, so that a
         crash leaves either nothing or a whole node."""
         assert self._env is not None
@@ -108,6 +115,8 @@ class Environment:
             return {name: self._env.open_db(name, create=False) for name in records.DATABASES}
         if self.held_node:
             raise self._lost_data("is blank")
+        if first_facts is None:
+            raise StoreForeign(f"{self.path} holds no node yet: its first start was not finished")
         with self._env.begin(write=True) as txn:
             dbs = {name: self._env.open_db(name, txn=txn) for name in records.DATABASES}
             for name, fact in first_facts().items():
@@ -315,6 +324,23 @@ def check_length(data_dir: Path, env: lmdb.Environment, may_verify: bool) -> Non
             f"{file} is cut off: {size} bytes, {missing} pages of {page} bytes are missing at its end. "
             "Put a good copy of the directory back"
         )
+
+
+def check_structure(data_dir: Path) -> None:
+    """Refuse a file whose pages LMDB could not rely on: it has no checksums, and does not look before it follows a
+    pointer. Nobody may write meanwhile. Raises StoreDamaged, StoreForeign, StoreFailed."""
+    file = data_dir / records.DATA_FILE
+    try:
+        problems = verify(str(file), subdir=False)  # type: ignore[no-untyped-call]
+    except VerifyError as error:
+        raise StoreDamaged(f"{file}: the pages of LMDB itself are damaged: {error}") from error
+    except FileNotFoundError as error:
+        raise StoreForeign(f"{data_dir} holds no node: there is no {records.DATA_FILE} in it") from error
+    except OSError as error:
+        raise StoreFailed(f"{file} can't be read: {error}. Check the disk") from error
+    if problems:
+        more = f", and {len(problems) - 1} more" if len(problems) > 1 else ""
+        raise StoreDamaged(f"{file}: the pages of LMDB itself are damaged: {problems[0]}{more}")
 
 
 def _is_sound(file: Path) -> bool:

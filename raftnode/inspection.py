@@ -238,7 +238,7 @@ class Directory:
             if lost is not None:
                 yield lost
                 lost = None
-            record, seeds = _check(commit_id, stored, seeds)
+            record, seeds = check_entry(commit_id, stored, seeds)
             if commit_id >= first:
                 yield record
         if lost is not None:
@@ -463,8 +463,9 @@ def _add_lost(lost: LogRecord | None, commit_id: int, problem: str) -> tuple[Log
     return LogRecord(lost.commit_id, None, f"entries {lost.commit_id} to {commit_id}: {problem}", commit_id), []
 
 
-def _check(commit_id: int, stored: bytes, seeds: tuple[int, ...]) -> tuple[LogRecord, tuple[int, ...]]:
-    """A log record with the result of its check, and the seeds with which the next one may match."""
+def check_entry(commit_id: int, stored: bytes, seeds: tuple[int, ...]) -> tuple[LogRecord, tuple[int, ...]]:
+    """A log record with the result of its check, and the seeds with which the next one may match. Without seeds the
+    checksum can't be checked, and goes for right."""
     entry, problem = _salvage_entry(commit_id, stored)
     if entry is None:
         return LogRecord(commit_id, None, problem, commit_id), ()

@@ -6,7 +6,7 @@ ignored, so that newer clients can speak to older nodes.
 
 Three families:
 
-* requests of clients: `put get delete peers status ping add_peer remove_peer`;
+* requests of clients: `put get delete peers status ping entries add_peer remove_peer`;
 * requests of members to each other: `hello` first, then `vote_request heartbeat data`;
 * answers, which carry the `type` of their request. A failure has `"data": false` (null for a read) and an
   `error` with one of `CODES`.
@@ -225,6 +225,14 @@ class Ping(Request, tag="ping", kw_only=True):
     name: ClassVar[str] = "ping"
 
 
+class Entries(Request, tag="entries", kw_only=True):
+    """For the repair of a member's log: the committed entries from `first` to `last`, which is `from` to `to`."""
+
+    name: ClassVar[str] = "entries"
+    first: Count = msgspec.field(name="from")
+    last: Count = msgspec.field(name="to")
+
+
 class AddPeer(Request, tag="add_peer", kw_only=True):
     name: ClassVar[str] = "add_peer"
     address: Name
@@ -294,9 +302,9 @@ class Data(Request, tag="data", kw_only=True):
 
 PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data
 AnyRequest: TypeAlias = (
-    Put | Get | Delete | Peers | Status | Ping | AddPeer | RemovePeer | Hello | VoteRequest | Heartbeat | Data
+    Put | Get | Delete | Peers | Status | Ping | Entries | AddPeer | RemovePeer | Hello | VoteRequest | Heartbeat | Data
 )
-REQUEST_TYPES: Final = tuple(t.name for t in (Put, Get, Delete, Peers, Status, Ping, AddPeer, RemovePeer))
+REQUEST_TYPES: Final = tuple(t.name for t in (Put, Get, Delete, Peers, Status, Ping, Entries, AddPeer, RemovePeer))
 PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data))
 
 
@@ -368,6 +376,14 @@ class PingAnswer(Answer, tag="ping", kw_only=True):
     node: str = ""
 
 
+class EntriesAnswer(Answer, tag="entries", kw_only=True):
+    data: bool = True
+    entries: list[Entry] = []
+    """As many of those asked for as are committed and go into one message, from the first on; may be none."""
+    commit_id: Count = 0
+    """What the node knows as committed."""
+
+
 class AddPeerAnswer(Answer, tag="add_peer", kw_only=True):
     data: bool
 
@@ -423,8 +439,8 @@ class Refusal(Answer, tag="error", kw_only=True):
 
 PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer
 AnyAnswer: TypeAlias = (
-    PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | AddPeerAnswer | RemovePeerAnswer
-    | HelloAnswer | VoteAnswer | HeartbeatAnswer | DataAnswer | Refusal
+    PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | EntriesAnswer | AddPeerAnswer
+    | RemovePeerAnswer | HelloAnswer | VoteAnswer | HeartbeatAnswer | DataAnswer | Refusal
 )  # fmt: skip
 
 
@@ -445,6 +461,8 @@ def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
             return PeersAnswer(data=False, error=error, id=id)
         case "ping":
             return PingAnswer(data=False, error=error, id=id)
+        case "entries":
+            return EntriesAnswer(data=False, error=error, id=id)
         case "add_peer":
             return AddPeerAnswer(data=False, error=error, id=id)
         case "remove_peer":

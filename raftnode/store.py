@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import secrets
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeAlias
@@ -153,12 +154,12 @@ class Store:
         if newest - base.id.commit_id != count:
             raise StoreDamaged(
                 f"the log in {self.data_dir} has a hole: {count} entries between {base.id.commit_id + 1} and {newest}. "
-                "Put a good copy of the directory back"
+                f"{self._how_to_repair()}"
             )
         if not base.id.commit_id <= self.commit_id <= newest:
             raise StoreDamaged(
                 f"the log in {self.data_dir} ends at {newest}, but {self.commit_id} was committed. "
-                "Put a good copy of the directory back",
+                f"{self._how_to_repair()}",
                 self.commit_id,
             )
         last = base
@@ -216,21 +217,40 @@ class Store:
         if first > last:
             return
         if first <= base.id.commit_id:
-            raise damaged_entry(self.data_dir, first)
+            raise self._damaged_entry(first)
         before = base if first == base.id.commit_id + 1 else None
         checksum = before.checksum if before else self._entry(txn, first - 1).checksum
         for commit_id in range(first, last + 1):
             entry = self._entry(txn, commit_id)
             checksum = chain(checksum, entry.term, commit_id, entry.time, entry.command)
             if checksum != entry.checksum:
-                raise damaged_entry(self.data_dir, commit_id)
+                raise self._damaged_entry(commit_id)
             yield entry
 
     def _entry(self, txn: lmdb.Transaction, commit_id: int) -> Entry:
         stored = txn.get(records.log_key(commit_id), db=self._env.db(records.LOG))
         if stored is None:
-            raise damaged_entry(self.data_dir, commit_id)
-        return records.unpack_entry(commit_id, bytes(stored))
+            raise self._damaged_entry(commit_id)
+        try:
+            return records.unpack_entry(commit_id, bytes(stored))
+        except StoreDamaged as error:
+            raise self._damaged_entry(commit_id) from error
+
+    def _damaged_entry(self, commit_id: int) -> StoreDamaged:
+        """What to say of a log entry that does not match its checksum."""
+        return StoreDamaged(
+            f"log entry {commit_id} in {self.data_dir} is damaged: it does not match its checksum. This node does not "
+            f"go on, as it might vote or acknowledge on a wrong log. {self._how_to_repair()}",
+            commit_id,
+        )
+
+    def _how_to_repair(self) -> str:
+        """The command that takes what is damaged here from the other members, as it has to be typed."""
+        memberships = self._on_disk.get(b"memberships")
+        members = memberships[-1].addresses if isinstance(memberships, list | tuple) and memberships else ()
+        others = ",".join(member for member in members if member != self.address)
+        words = ["raftnode", "repair", str(self.data_dir), *(["--node", others] if others else [])]
+        return f"With this node stopped, run: {shlex.join(words)}"
 
     # --- the state ---
 
@@ -259,7 +279,10 @@ class Store:
                 stored = get(key, db=db)
             except lmdb.Error as error:
                 raise StoreDamaged(f"pages of {self.data_dir} are damaged: {error}") from error
-            return None if stored is None else unpack(key, bytes(stored))
+            try:
+                return None if stored is None else unpack(key, bytes(stored))
+            except StoreDamaged as error:
+                raise StoreDamaged(f"{error}. {self._how_to_repair()}") from error
 
         return on_disk
 
@@ -434,13 +457,4 @@ def found(key: str, namespace: str, record: records.Record | None) -> Found:
         created=record.created,
         modified=record.modified,
         version=record.version,
-    )
-
-
-def damaged_entry(data_dir: Path, commit_id: int) -> StoreDamaged:
-    """What to say of a log entry that does not match its checksum."""
-    return StoreDamaged(
-        f"log entry {commit_id} in {data_dir} is damaged: it does not match its checksum. This node does not go on, as "
-        "it might vote or acknowledge on a wrong log. Put a good copy of the directory back",
-        commit_id,
     )

@@ -288,6 +288,7 @@ MESSAGES: dict[str, dict[str, Any]] = {
     "peers": {},
     "remove_peer": {"address": "127.0.0.1:1"},
     "status": {},
+    "entries": {"from": 1, "to": 1},
 }
 
 

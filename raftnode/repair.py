@@ -1,0 +1,592 @@
+"""The repair of a stopped node's directory, from itself and from the other members. Layer 5.
+
+Everything is walked: the pages of LMDB from the outside, every fact of the node, every entry of the log in the chain of
+its checksums, every committed value, and, when the log reaches back to entry 1, whether the committed values are what
+the log makes of nothing. What is damaged is put right from what can be proved to be the same; else nothing is changed.
+
+**What may be put right, and what proves it**:
+
+* an entry, by itself: only the byte of its format or its own checksum is wrong, and the entry after it follows from
+  what is left (or, for the format, its own checksum does);
+* entries from a member, in a row: the first follows from the intact entry before them (rolling checksum, position,
+  term), each of the others from the one before it, and the row leads to something of ours that is left: to the entry
+  after it, which must follow from its last one, or to the checksum or the contents of an entry that it replaces. That
+  proves that they are what was here, as far as CRC-32 proves anything: against damage and mistakes, not against a
+  member that forges;
+* entries from a member that lead to nothing of ours, since they reach to the end of our log. There is no proof that
+  they are what was here, and none is needed: the member has *committed* them, so no other entry will ever be committed
+  in their places (thesis 3.6.3), and a leader would put them here. They are taken if the member is who it should be
+  (cluster and node id), every other member that answers says the same, and nothing of ours that is whole contradicts
+  them: a whole entry of ours is only ever replaced where it was staged and has another term, which is the conflict
+  rule of every follower (thesis 3.5). They may have a higher term than this node has heard of: then the ballot becomes
+  that term's, with the vote free, as with any message of that term;
+* a committed value: the log, whole by then, says what it is.
+
+**What is never done**: to cut the log or leave it shorter, even by a staged entry that nobody seems to have. This node
+may have acknowledged it, and with its acknowledgement it may have been committed. Such an entry stays, and so does the
+refusal, until a member has committed something in its place. Nor are a ballot, a node id or any other fact made up:
+what this node has promised only its own disk knows.
+
+All changes go in one synced transaction, which is checked as a whole before it is committed and once more after: a
+kill at any moment leaves the directory as it was, or repaired.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+import msgspec
+from msgspec import UNSET, Raw, Struct
+
+from raftnode import records
+from raftnode.blocking import LineConnection
+from raftnode.config import Settings
+from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.journal import Mark
+from raftnode.consensus.membership import Membership
+from raftnode.environment import Environment
+from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreTooNew
+from raftnode.inspection import check_entry
+from raftnode.messages import (
+    GENESIS,
+    Answer,
+    Entries,
+    EntriesAnswer,
+    Entry,
+    EntryId,
+    MembersCommand,
+    PutCommand,
+    Request,
+    Status,
+    StatusAnswer,
+    chain,
+    decode_answer,
+    decode_command,
+    encode,
+)
+from raftnode.namespaces import Namespaces
+
+_FACTS: Final[dict[bytes, Any]] = {
+    b"format": int,
+    b"node": str,
+    b"cluster": str,
+    b"address": str,
+    b"ballot": Ballot,
+    b"commit_id": int,
+    b"base": Mark,
+    b"memberships": list[Membership],
+}
+_OF_EVERY_NODE: Final = ("format", "node")
+_OF_A_MEMBER: Final = (*_OF_EVERY_NODE, "cluster", "address", "ballot", "commit_id", "memberships")
+_MISMATCH: Final = "does not match its checksum"
+
+LOST: Final = (
+    "Nothing was changed. The other members can't know this: what a node has promised is on its own disk alone. If "
+    "there is a copy of the directory from after the node stopped, put that back; never an older one, which has "
+    "forgotten votes and acknowledgements. If there is none, this member is lost: keep its directory as it is, and run "
+    "the others, which go on as long as they are a majority"
+)
+
+Tell = Callable[[str], object]
+
+
+class Unproved(StoreError):
+    """Why what one member has can't be taken; another member's may do."""
+
+
+def repair(
+    data_dir: Path,
+    nodes: Sequence[str] = (),
+    *,
+    tell: Tell,
+    is_dry: bool = False,
+    timeout: float = 10.0,
+    settings: Settings | None = None,
+) -> bool:
+    """Find what is damaged in the directory of a stopped node, and put it right from itself and from `nodes`, addresses
+    of members (default: all others). `tell` gets a line for each thing found or done. `is_dry`: only say what would be
+    done. `timeout`: seconds that a member may take for one answer.
+
+    True when the directory is whole in the end; False only with `is_dry`. Raises a StoreError when it can't be made
+    whole, with the reason and what to do; nothing has changed then.
+    """
+    settings = settings or Settings()
+    with contextlib.ExitStack() as stack:
+        env = _open(data_dir, settings)
+        stack.callback(env.close)
+        with env.read() as txn:
+            facts = _read_facts(env, txn)
+            if facts is None:
+                tell(f"{data_dir}: node {env.held_node} was never founded: there is nothing to repair")
+                return True
+            log = _Log(env, txn, facts)
+            log.examine(tell)
+            members = [_Member(node, facts, timeout, settings) for node in nodes or facts.others]
+            for member in members:
+                stack.callback(member.close)
+            done = _mend(log, members, tell)
+            values = _wrong_values(env, txn, log, tell)
+            ballot = _ballot_for(log)
+        checked = f"node {facts.node} at {facts.address}: {log.length} entries, {facts.commit_id} committed"
+        if ballot != facts.ballot:
+            done.append(f"the term: {ballot.term}, that of entry {log.last}, not {facts.ballot.term}; no vote is cast")
+        done += [f"{_shown(key)}: " + ("deleted" if value is None else "by the log") for key, value in values.items()]
+        for line in done:
+            tell(f"{'would repair' if is_dry else 'repairing'}: {line}")
+        if done and not is_dry:
+            _carry_out(env, log, values, ballot)
+    tell(f"{checked}: {'whole' if not done else 'damaged, and can be repaired' if is_dry else 'repaired, and whole'}")
+    return not (done and is_dry)
+
+
+def _open(data_dir: Path, settings: Settings) -> Environment:
+    try:
+        return Environment(data_dir, settings, True, None)
+    except StoreDamaged as error:
+        raise StoreDamaged(f"{error}. {LOST}") from error
+
+
+def _carry_out(env: Environment, log: _Log, values: dict[bytes, bytes | None], ballot: Ballot) -> None:
+    """All changes, in one transaction, which is given up when it does not make the directory whole."""
+    with env.write() as txn:
+        for commit_id, entry in log.mended.items():
+            txn.put(records.log_key(commit_id), records.pack_entry(entry), db=env.db(records.LOG))
+        for key in log.strays:
+            txn.delete(key, db=env.db(records.LOG))
+        for key, value in values.items():
+            if value is None:
+                txn.delete(key, db=env.db(records.COMMITTED))
+            else:
+                txn.put(key, value, db=env.db(records.COMMITTED))
+        if ballot != log.facts.ballot:
+            txn.put(b"ballot", records.pack_meta(b"ballot", ballot), db=env.db(records.META))
+        _verify(env, txn)
+    with env.read() as txn:
+        _verify(env, txn)
+
+
+def _verify(env: Environment, txn: lmdb.Transaction) -> None:
+    """Walk everything again. Raises StoreDamaged when something is still wrong."""
+    problems: list[str] = []
+    facts = _read_facts(env, txn)
+    assert facts is not None, "a repair does not unfound a node"
+    log = _Log(env, txn, facts)
+    log.examine(problems.append)
+    if not problems:
+        _mend(log, (), problems.append)
+        _wrong_values(env, txn, log, problems.append)
+    if problems or _ballot_for(log) != facts.ballot:
+        wrong = "; ".join(problems) or "the ballot"
+        raise StoreDamaged(f"{env.path} does not read as it was repaired: {wrong}. Check this machine's memory and disk")
+
+
+# --- the facts ------------------------------------------------------------------------------------------------
+
+
+class Facts(Struct, frozen=True, kw_only=True):
+    """The facts of a founded node, each checked."""
+
+    node: str
+    cluster: str
+    address: str
+    ballot: Ballot
+    commit_id: int
+    memberships: list[Membership]
+    base: Mark = Mark(GENESIS, 0)
+
+    @property
+    def others(self) -> list[str]:
+        """The other members' addresses."""
+        return [address for address in self.memberships[-1].addresses if address != self.address]
+
+
+def _read_facts(env: Environment, txn: lmdb.Transaction) -> Facts | None:
+    """Every fact, checked; None when the node was never founded. Raises StoreDamaged, StoreTooNew."""
+    found: dict[str, Any] = {}
+    problems: list[str] = []
+    with txn.cursor(env.db(records.META)) as cursor:
+        for name, stored in _pairs(cursor):
+            try:
+                found[name.decode()] = records.unpack_meta(name, stored, _FACTS.get(name, Any))
+            except (StoreDamaged, UnicodeDecodeError) as error:
+                problems.append(str(error))
+    if found.get("format", 0) > records.FORMAT:
+        raise StoreTooNew(f"{env.path} was written in format {found['format']}: repair it with the newer raftnode")
+    is_empty = all(txn.stat(env.db(name))["entries"] == 0 for name in (records.LOG, records.COMMITTED))
+    needed = _OF_EVERY_NODE if is_empty and "cluster" not in found else _OF_A_MEMBER
+    problems += [f"the record {name!r} of the node is missing" for name in needed if name not in found and not problems]
+    if not problems and env.held_node not in ("", found["node"]):
+        problems.append(f"{records.DATA_FILE} is of node {found['node']}, the directory of node {env.held_node}")
+    if problems:
+        raise StoreDamaged(f"{env.path} can't be repaired: {'; '.join(problems)}. {LOST}")
+    if needed is _OF_EVERY_NODE:
+        return None
+    return Facts(**{name: found[name] for name in Facts.__struct_fields__ if name in found})
+
+
+# --- the log --------------------------------------------------------------------------------------------------
+
+
+class _Log:
+    """The log in one transaction, and over it the entries that are to replace its damaged ones.
+
+    Public facts: `first` and `last`, where it begins and ends by its count, as any single key may be damaged;
+    `damaged`, the positions whose entry is certainly damaged or missing; `strays`, keys past the end; `mended`, what is
+    to be written, by position.
+    """
+
+    def __init__(self, env: Environment, txn: lmdb.Transaction, facts: Facts) -> None:
+        self.path = env.path
+        self.facts = facts
+        self.length: int = txn.stat(env.db(records.LOG))["entries"]
+        self.first = facts.base.id.commit_id + 1
+        self.last = max(facts.base.id.commit_id + self.length, facts.commit_id)
+        self.damaged: set[int] = set()
+        self.strays: list[bytes] = []
+        self.mended: dict[int, Entry] = {}
+        self._txn = txn
+        self._db = env.db(records.LOG)
+
+    def examine(self, tell: Tell) -> None:
+        """Find what is certainly damaged: every such entry, not only the first. After a damaged one, the next is held
+        against the checksum that is stored there and against the one computed of what is there; one that fits neither
+        may be damaged itself, or not: `_mend` sees when it knows what was before it."""
+        seeds: tuple[int, ...] = (self.facts.base.checksum,)
+        is_certain = True
+        for commit_id in range(self.first, self.last + 1):
+            stored = self._txn.get(records.log_key(commit_id), db=self._db)
+            if stored is None:
+                self.note(commit_id, f"entry {commit_id} is not in the log", tell)
+                seeds, is_certain = (), False
+                continue
+            record, after = check_entry(commit_id, bytes(stored), seeds)
+            if not record.damage:
+                seeds, is_certain = after, bool(seeds)
+            elif is_certain or not self.is_readable(commit_id):
+                self.note(commit_id, record.damage, tell)
+                seeds, is_certain = after, False
+            else:
+                seeds = after[:1]
+        with self._txn.cursor(self._db) as cursor:
+            if cursor.set_range(records.log_key(self.last + 1)):
+                self.strays = [key for key, _ in _pairs(cursor)]
+        for key in self.strays:
+            tell(f"found: the log should end at {self.last}, but has a record under the key {key.hex()}")
+
+    def note(self, commit_id: int, problem: str, tell: Tell) -> None:
+        """An entry is damaged for certain."""
+        if commit_id not in self.damaged:
+            self.damaged.add(commit_id)
+            tell(f"found: {problem}")
+
+    def is_readable(self, commit_id: int) -> bool:
+        """True when the record at a position has the form of one, whatever its checksum says."""
+        stored = self._txn.get(records.log_key(commit_id), db=self._db)
+        return stored is not None and not check_entry(commit_id, bytes(stored), ())[0].damage
+
+    def contents(self, commit_id: int) -> Entry | None:
+        """What is stored at a position, whatever its checks say; None when nothing can be made of it."""
+        stored = self._txn.get(records.log_key(commit_id), db=self._db)
+        return None if stored is None else check_entry(commit_id, bytes(stored), ())[0].entry
+
+    def entry(self, commit_id: int) -> Entry:
+        """An entry as it will be. All up to there must be whole or mended."""
+        found = self.mended.get(commit_id) or self.contents(commit_id)
+        assert found is not None, f"entry {commit_id} is neither whole nor mended"
+        return found
+
+    @property
+    def newest(self) -> EntryId:
+        """The id of the last entry, or of the base. All must be whole or mended."""
+        return self.entry(self.last).id if self.last >= self.first else self.facts.base.id
+
+
+def _computed(before: Mark, entry: Entry) -> int:
+    """The checksum that an entry's contents have after `before`."""
+    return chain(before.checksum, entry.term, entry.commit_id, entry.time, entry.command)
+
+
+def _follows(before: Mark, entry: Entry | None) -> bool:
+    """True when an entry is whole and continues the history."""
+    return (
+        entry is not None
+        and entry.commit_id == before.id.commit_id + 1
+        and entry.term >= before.id.term
+        and entry.checksum == _computed(before, entry)
+    )
+
+
+def _ballot_for(log: _Log) -> Ballot:
+    """The ballot with which this log can be had: entries of a higher term than the node has heard of raise it, as any
+    message of that term would. A whole log of a higher term than its own ballot is a ballot that was lost."""
+    ballot = log.facts.ballot
+    newest = log.newest
+    if newest.term > ballot.term:
+        if newest.commit_id not in log.mended:
+            raise StoreDamaged(f"entry {log.last} has term {newest.term}, but the ballot only {ballot.term}. {LOST}")
+        return ballot.in_term(newest.term)
+    return ballot
+
+
+# --- mending the log ------------------------------------------------------------------------------------------
+
+
+def _mend(log: _Log, members: Sequence[_Member], tell: Tell) -> list[str]:
+    """Follow the history from its beginning, and find proved entries where ours do not continue it. Returns what to say
+    of them. Raises StoreDamaged when one can't be had."""
+    done = [f"the record under the key {key.hex()}: deleted" for key in log.strays]
+    first, before = log.first, log.facts.base
+    while first <= log.last:
+        ours = log.contents(first)
+        if ours is not None and _follows(before, ours) and log.is_readable(first):
+            first, before = first + 1, Mark(ours.id, ours.checksum)
+            continue
+        log.note(first, f"entry {first} does not match its checksum", tell)
+        entries, source = _replacements(log, first, before, members)
+        log.mended |= {entry.commit_id: entry for entry in entries}
+        last = entries[-1].commit_id
+        done.append((f"entry {first}" if first == last else f"entries {first} to {last}") + f": {source}")
+        first, before = last + 1, Mark(entries[-1].id, entries[-1].checksum)
+    return done
+
+
+def _replacements(log: _Log, first: int, before: Mark, members: Sequence[_Member]) -> tuple[list[Entry], str]:
+    """Proved entries from `first` on, as many as it takes, and what proves them."""
+    reasons = []
+    if (entry := _proved_by_itself(log, first, before)) is not None:
+        return [entry], "its contents are intact, as what follows shows"
+    for member in members:
+        try:
+            return _from_member(log, first, before, member, members)
+        except Unproved as why:
+            reasons.append(f"{member.address}: {why}")
+    told = "; ".join(reasons) or "there is no other member to ask"
+    raise StoreDamaged(
+        f"{log.path} can't be repaired now, and nothing was changed: entry {first} could not be had ({told}). "
+        + _advice(log, first)
+    )
+
+
+def _advice(log: _Log, first: int) -> str:
+    """What helps when no member gave an entry."""
+    if first <= log.facts.commit_id:
+        return "Give the addresses of members that run and have the entry, with --node, and run this again"
+    return (
+        f"Entry {first} is staged here, and this node may have acknowledged it: it is never cut. Start the other "
+        f"members, write something until one of them has committed entry {log.last} (see raftnode status), and run "
+        "this again"
+    )
+
+
+def _proved_by_itself(log: _Log, first: int, before: Mark) -> Entry | None:
+    """An entry of which only the record's format or its checksum is damaged."""
+    entry = log.contents(first)
+    if entry is None or entry.term < before.id.term:
+        return None
+    intact = msgspec.structs.replace(entry, checksum=_computed(before, entry))
+    is_proved = entry.checksum == intact.checksum or _follows(Mark(intact.id, intact.checksum), log.contents(first + 1))
+    return intact if is_proved else None
+
+
+def _from_member(
+    log: _Log, first: int, before: Mark, member: _Member, members: Sequence[_Member]
+) -> tuple[list[Entry], str]:
+    """A row of entries that one member has committed, and what proves it; see the module's text. Raises Unproved."""
+    entries: list[Entry] = []
+    for entry in member.entries(first, log.last):
+        if not _follows(before, entry):
+            raise Unproved(f"its entry {entry.commit_id} does not follow our entry {before.id.commit_id}")
+        entries.append(entry)
+        ours = log.contents(entry.commit_id)
+        if ours is not None and entry.checksum in (ours.checksum, _computed(before, ours)):
+            return entries, f"from {member.address}, and it is what was here by what is left of it"
+        _check_conflict(log, ours, entry)
+        before = Mark(entry.id, entry.checksum)
+        if entry.commit_id < log.last and _follows(before, log.contents(entry.commit_id + 1)):
+            return entries, f"from {member.address}, and entry {entry.commit_id + 1} here follows from it"
+    agreed = _agree(log, entries, [other for other in members if other is not member])
+    return entries, f"from {', '.join([member.address, *agreed])}, where it is committed"
+
+
+def _check_conflict(log: _Log, ours: Entry | None, entry: Entry) -> None:
+    """A whole entry of ours gives way only as it would to a leader: staged, and of another term."""
+    at = entry.commit_id
+    if ours is None or at in log.damaged or (at > log.facts.commit_id and ours.term != entry.term):
+        return
+    raise Unproved(f"its entries do not lead to entry {at} here, which is whole: one of the two histories is wrong")
+
+
+def _agree(log: _Log, entries: Sequence[Entry], others: Sequence[_Member]) -> list[str]:
+    """Nothing of ours proves these entries: no other member may have committed anything else in their place. Returns
+    who else has committed them."""
+    if log.facts.memberships[-1].commit_id >= entries[0].commit_id or any(
+        isinstance(_command(entry), MembersCommand) for entry in entries
+    ):
+        raise Unproved("among its entries is a change of the members, and nothing here proves that it was known here")
+    agreed = []
+    for other in others:
+        try:
+            found = next(other.entries(log.last, log.last))
+        except Unproved:
+            continue  # it does not run, or has not come so far: it says nothing else
+        if (found.id, found.checksum) != (entries[-1].id, entries[-1].checksum):
+            raise Unproved(f"{other.address} has committed another entry {log.last}")
+        agreed.append(other.address)
+    return agreed
+
+
+def _command(entry: Entry) -> object:
+    try:
+        return decode_command(entry.command)
+    except ProtocolError as error:
+        raise Unproved(f"entry {entry.commit_id}: {error}") from error
+
+
+class _Member:
+    """Another member, asked for what it has committed. Connects with the first question."""
+
+    def __init__(self, address: str, facts: Facts, timeout: float, settings: Settings) -> None:
+        self.address = address
+        self._facts = facts
+        self._timeout = timeout
+        self._limit = settings.peer_frame_bytes
+        self._connection: LineConnection | None = None
+
+    def close(self) -> None:
+        """May be called again; the next question opens a new connection."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def entries(self, first: int, last: int) -> Iterator[Entry]:
+        """The entries from `first` to `last`, in order. Raises Unproved where it can't give the next."""
+        while first <= last:
+            answer = self._ask(Entries(first=first, last=last))
+            if not isinstance(answer, EntriesAnswer):
+                raise Unproved(f"it answered with {type(answer).__name__}")
+            if not answer.entries:
+                raise Unproved(f"it has committed only up to {answer.commit_id}, not yet entry {first}")
+            for entry in answer.entries:
+                if entry.commit_id != first:
+                    raise Unproved(f"it sent entry {entry.commit_id} where {first} was asked for")
+                yield entry
+                first += 1
+
+    def _ask(self, request: Request) -> Answer:
+        try:
+            if self._connection is None:
+                self._connection = LineConnection(self.address, self._timeout, self._limit)
+                self._check_identity()
+            answer = decode_answer(self._connection.request(encode(request), self._timeout))
+        except (OSError, ProtocolError) as error:
+            self.close()
+            raise Unproved(f"no answer: {error}") from error
+        if answer.error is not UNSET:
+            raise Unproved(f"{answer.error.message} ({answer.error.code})")
+        return answer
+
+    def _check_identity(self) -> None:
+        """Only a member of this cluster, with the id under which this node knows it, says what is committed."""
+        assert self._connection is not None
+        answer = decode_answer(self._connection.request(encode(Status()), self._timeout))
+        says = answer.data if isinstance(answer, StatusAnswer) and answer.data is not None else {}
+        facts, who, node = self._facts, str(says.get("address")), says.get("node")
+        known = facts.memberships[-1].node_of(who)
+        if says.get("cluster") != facts.cluster or known is None or who == facts.address or known not in ("", node):
+            self.close()
+            raise Unproved(f"there is {who}, node {node} of cluster {says.get('cluster')}: no other member of ours")
+
+
+# --- the committed values -------------------------------------------------------------------------------------
+
+
+class _Value(Struct, frozen=True):
+    """What the log says of a key: its record, without the value, and the checksum of the whole."""
+
+    record: records.Record
+    checksum: bytes
+
+
+def _wrong_values(env: Environment, txn: lmdb.Transaction, log: _Log, tell: Tell) -> dict[bytes, bytes | None]:
+    """What has to be written so that the committed values are what the log makes of nothing: by store key, the packed
+    value, or None where there should be none. Memory is needed for every key, but only for the values that are wrong.
+
+    A log that begins later does not tell all: then each value's own checksum must do. Raises StoreDamaged.
+    """
+    expected = _replay(log) if log.first == 1 else None
+    wrong: dict[bytes, bytes | None] = {}
+    with txn.cursor(env.db(records.COMMITTED)) as cursor:
+        for key, stored in _pairs(cursor):
+            is_sound = _is_sound(key, stored)
+            if expected is None:
+                if not is_sound:
+                    raise StoreDamaged(
+                        f"{env.path} can't be repaired: {_shown(key)} does not match its checksum, and the log, which "
+                        f"begins at {log.first}, does not tell what it was. {LOST}"
+                    )
+                continue
+            value = expected.pop(key, None)
+            if value is None:
+                tell(f"found: {_shown(key)} should not be there")
+                wrong[key] = None
+            elif not is_sound or not stored.startswith(value.checksum):
+                tell(f"found: {_shown(key)} " + ("is not what the log says" if is_sound else _MISMATCH))
+                wrong[key] = _rebuilt(log, key, value)
+    for key, value in (expected or {}).items():
+        tell(f"found: {_shown(key)} is missing")
+        wrong[key] = _rebuilt(log, key, value)
+    return wrong
+
+
+def _replay(log: _Log) -> dict[bytes, _Value]:
+    """What all committed entries, from the first, make of empty namespaces."""
+    state: dict[bytes, _Value] = {}
+    namespaces = Namespaces()
+
+    def find(key: bytes) -> records.Record | None:
+        value = state.get(key)
+        return None if value is None else value.record
+
+    for commit_id in range(log.first, log.facts.commit_id + 1):
+        try:
+            namespaces.apply(log.entry(commit_id), find)
+        except ProtocolError as error:
+            raise StoreDamaged(f"{log.path} can't be repaired: entry {commit_id}: {error}. {LOST}") from error
+        for key, record in namespaces.changes.items():
+            if record is None:
+                del state[key]
+            else:
+                state[key] = _Value(msgspec.structs.replace(record, value=Raw()), records.pack_record(key, record)[:4])
+        namespaces.changes.clear()
+    return state
+
+
+def _rebuilt(log: _Log, key: bytes, value: _Value) -> bytes:
+    """The packed value, from the entry that wrote it."""
+    command = decode_command(log.entry(value.record.modified).command)
+    assert isinstance(command, PutCommand), f"entry {value.record.modified} wrote a value"
+    packed = records.pack_record(key, msgspec.structs.replace(value.record, value=command.value))
+    assert packed.startswith(value.checksum), "the log says the same each time"
+    return packed
+
+
+def _pairs(cursor: lmdb.Cursor) -> Iterator[tuple[bytes, bytes]]:
+    """Keys and values from where a cursor stands."""
+    return ((bytes(key), bytes(value)) for key, value in cursor)
+
+
+def _is_sound(key: bytes, stored: bytes) -> bool:
+    try:
+        records.unpack_record(key, stored)
+    except StoreDamaged:
+        return False
+    return True
+
+
+def _shown(key: bytes) -> str:
+    namespace, _, name = key.partition(b"\0")
+    return f"the value of key {name.decode(errors='replace')!r} in namespace {namespace.decode(errors='replace')!r}"

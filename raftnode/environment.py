@@ -296,7 +296,7 @@ def explain_open_error(data_dir: Path, error: lmdb.Error) -> StoreError:
         return StoreDamaged(f"{file} is damaged: {error}. Put a good copy of the directory back")
     if isinstance(error, lmdb.ReadonlyError):
         return StoreForeign(f"{file} can't be opened: {error}. Check who owns it")
-    return StoreFailed(f"{file} can't be opened: {error}")
+    return StoreFailed(f"{file} can't be opened: {error}. Check the disk (free space, kernel log), then start again")
 
 
 def check_ours(data_dir: Path, env: lmdb.Environment) -> None:

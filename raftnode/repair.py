@@ -57,7 +57,6 @@ from raftnode.messages import (
     Entries,
     EntriesAnswer,
     Entry,
-    EntryId,
     MembersCommand,
     PutCommand,
     Request,
@@ -131,7 +130,7 @@ def repair(
             done = _mend(log, members, tell)
             values = _wrong_values(env, txn, log, tell)
             ballot = _ballot_for(log)
-        checked = f"node {facts.node} at {facts.address}: {log.length} entries, {facts.commit_id} committed"
+        checked = f"node {facts.node} at {facts.address}: log up to entry {log.last}, {facts.commit_id} committed"
         if ballot != facts.ballot:
             done.append(f"the term: {ballot.term}, that of entry {log.last}, not {facts.ballot.term}; no vote is cast")
         done += [f"{_shown(key)}: " + ("deleted" if value is None else "by the log") for key, value in values.items()]
@@ -181,7 +180,7 @@ def _verify(env: Environment, txn: lmdb.Transaction) -> None:
         _wrong_values(env, txn, log, problems.append)
     if problems or _ballot_for(log) != facts.ballot:
         wrong = "; ".join(problems) or "the ballot"
-        raise StoreDamaged(f"{env.path} does not read as it was repaired: {wrong}. Check this machine's memory and disk")
+        raise StoreDamaged(f"{env.path} does not read as repaired: {wrong}. Check this machine's memory and disk")
 
 
 # --- the facts ------------------------------------------------------------------------------------------------
@@ -242,9 +241,9 @@ class _Log:
     def __init__(self, env: Environment, txn: lmdb.Transaction, facts: Facts) -> None:
         self.path = env.path
         self.facts = facts
-        self.length: int = txn.stat(env.db(records.LOG))["entries"]
+        length = txn.stat(env.db(records.LOG))["entries"]
         self.first = facts.base.id.commit_id + 1
-        self.last = max(facts.base.id.commit_id + self.length, facts.commit_id)
+        self.last = max(facts.base.id.commit_id + length, facts.commit_id)
         self.damaged: set[int] = set()
         self.strays: list[bytes] = []
         self.mended: dict[int, Entry] = {}
@@ -299,10 +298,12 @@ class _Log:
         assert found is not None, f"entry {commit_id} is neither whole nor mended"
         return found
 
-    @property
-    def newest(self) -> EntryId:
-        """The id of the last entry, or of the base. All must be whole or mended."""
-        return self.entry(self.last).id if self.last >= self.first else self.facts.base.id
+    def before(self, commit_id: int) -> Mark:
+        """The point in the history before an entry. All up to there must be whole or mended."""
+        if commit_id == self.first:
+            return self.facts.base
+        entry = self.entry(commit_id - 1)
+        return Mark(entry.id, entry.checksum)
 
 
 def _computed(before: Mark, entry: Entry) -> int:
@@ -324,7 +325,7 @@ def _ballot_for(log: _Log) -> Ballot:
     """The ballot with which this log can be had: entries of a higher term than the node has heard of raise it, as any
     message of that term would. A whole log of a higher term than its own ballot is a ballot that was lost."""
     ballot = log.facts.ballot
-    newest = log.newest
+    newest = log.before(log.last + 1).id
     if newest.term > ballot.term:
         if newest.commit_id not in log.mended:
             raise StoreDamaged(f"entry {log.last} has term {newest.term}, but the ballot only {ballot.term}. {LOST}")
@@ -348,7 +349,7 @@ def _mend(log: _Log, members: Sequence[_Member], tell: Tell) -> list[str]:
         log.note(first, f"entry {first} does not match its checksum", tell)
         entries, source = _replacements(log, first, before, members)
         log.mended |= {entry.commit_id: entry for entry in entries}
-        last = entries[-1].commit_id
+        first, last = entries[0].commit_id, entries[-1].commit_id
         done.append((f"entry {first}" if first == last else f"entries {first} to {last}") + f": {source}")
         first, before = last + 1, Mark(entries[-1].id, entries[-1].checksum)
     return done
@@ -397,6 +398,8 @@ def _from_member(
 ) -> tuple[list[Entry], str]:
     """A row of entries that one member has committed, and what proves it; see the module's text. Raises Unproved."""
     entries: list[Entry] = []
+    conflict = 0
+    first, before = _fork(log, first, before, member)
     for entry in member.entries(first, log.last):
         if not _follows(before, entry):
             raise Unproved(f"its entry {entry.commit_id} does not follow our entry {before.id.commit_id}")
@@ -404,20 +407,32 @@ def _from_member(
         ours = log.contents(entry.commit_id)
         if ours is not None and entry.checksum in (ours.checksum, _computed(before, ours)):
             return entries, f"from {member.address}, and it is what was here by what is left of it"
-        _check_conflict(log, ours, entry)
+        if ours is not None and not _gives_way(log, ours, entry):
+            conflict = conflict or entry.commit_id
         before = Mark(entry.id, entry.checksum)
         if entry.commit_id < log.last and _follows(before, log.contents(entry.commit_id + 1)):
             return entries, f"from {member.address}, and entry {entry.commit_id + 1} here follows from it"
+    if conflict:
+        raise Unproved(f"its entries do not lead to our entry {conflict}: one of the two histories is wrong")
     agreed = _agree(log, entries, [other for other in members if other is not member])
     return entries, f"from {', '.join([member.address, *agreed])}, where it is committed"
 
 
-def _check_conflict(log: _Log, ours: Entry | None, entry: Entry) -> None:
-    """A whole entry of ours gives way only as it would to a leader: staged, and of another term."""
+def _fork(log: _Log, first: int, before: Mark, member: _Member) -> tuple[int, Mark]:
+    """Where what a member has committed leaves our log: at the damaged entry, or before it where ours are staged."""
+    staged = log.facts.commit_id + 1
+    if staged < first:
+        for entry in member.entries(staged, first - 1):
+            if entry != log.entry(entry.commit_id):
+                return entry.commit_id, log.before(entry.commit_id)
+    return first, before
+
+
+def _gives_way(log: _Log, ours: Entry, entry: Entry) -> bool:
+    """True when an entry of ours may be replaced by one to which nothing of ours leads: it is certainly damaged, or
+    staged and of another term, as a leader would have it."""
     at = entry.commit_id
-    if ours is None or at in log.damaged or (at > log.facts.commit_id and ours.term != entry.term):
-        return
-    raise Unproved(f"its entries do not lead to entry {at} here, which is whole: one of the two histories is wrong")
+    return at in log.damaged or (at > log.facts.commit_id and ours.term != entry.term)
 
 
 def _agree(log: _Log, entries: Sequence[Entry], others: Sequence[_Member]) -> list[str]:

@@ -7,6 +7,7 @@ import contextlib
 import json
 import socket
 import socketserver
+import struct
 import threading
 import time
 from collections.abc import Iterator
@@ -333,6 +334,49 @@ def test_memory_is_bounded(network: Network) -> None:
             reader.join(PATIENCE_S)
             assert not reader.is_alive()
             assert len(network.servers[network.b].lines) == before + sent + 1
+
+
+def test_the_end_of_what_was_reset() -> None:
+    """The end of one direction is due in the very moment in which the far end resets the connection, before the proxy
+    is told: that is no failure, and nothing of the connection is left. Brought about by holding up the proxy's loop
+    between the two."""
+    member, listen = free_addresses(2)
+    with Proxy({member: listen}) as proxy, socket.create_server(parse_address(listen)) as listener:
+        with Speaker(member) as client:
+            client.say(b"first\n")
+            far, _ = listener.accept()
+            assert far.recv(100) == b"first\n"
+            proxy.slow(CLIENTS, member, delay_ms=3_600_000)
+            client.socket.shutdown(socket.SHUT_WR)
+            [flow] = proxy.road(CLIENTS, member).flows
+            wait_until(lambda: flow._waiting, "the end waits")
+            gate = threading.Event()
+
+            def deliver() -> None:
+                gate.wait()
+                flow.hasten()
+                flow.pump()
+
+            proxy.loop.call_soon_threadsafe(deliver)
+            far.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            far.close()
+            gate.set()
+            with pytest.raises(ConnectionResetError):
+                client.heard()
+        wait_until(lambda: not proxy.connection_count, "no connection is left")
+
+
+def test_a_failure_of_the_proxy_is_told() -> None:
+    """What was seen through a proxy that has failed itself proves nothing: whoever uses it next is told, and who closes
+    it. Brought about with a callback that raises."""
+    [member, listen] = free_addresses(2)
+    proxy = Proxy({member: listen})
+    proxy.loop.call_soon_threadsafe(lambda: 1 // 0)
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        wait_until(lambda: proxy.connection_count, "never")
+    with pytest.raises(RuntimeError, match="ZeroDivisionError"):
+        proxy.close()
+    assert proxy.loop.is_closed()
 
 
 # --- between real nodes ---------------------------------------------------------------------------------------

@@ -233,7 +233,8 @@ class _Flow:
         elif self.sink.is_open and not self.sink.transport.is_closing():
             if content is _End.EOF:
                 self.has_ended = True
-                self.sink.transport.write_eof()
+                with contextlib.suppress(OSError):  # it was reset in this moment, which it is told next
+                    self.sink.transport.write_eof()
                 self._source.half_closed()
             else:
                 assert isinstance(content, bytes)
@@ -384,7 +385,9 @@ class Proxy:
         self._roads: dict[tuple[str, str], _Road] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._servers: list[asyncio.Server] = []
+        self._failures: list[BaseException | str] = []
         self.loop = asyncio.new_event_loop()
+        self.loop.set_exception_handler(self._note_failure)
         self._thread = threading.Thread(target=self.loop.run_forever, name="raftnode proxy", daemon=True)
         self._thread.start()
         try:
@@ -392,6 +395,15 @@ class Proxy:
         except BaseException:
             self.close()
             raise
+
+    def _note_failure(self, loop: asyncio.AbstractEventLoop, facts: dict[str, Any]) -> None:  # noqa: ARG002
+        """A defect of the proxy itself, for whoever uses it next."""
+        self._failures.append(facts.get("exception") or facts["message"])
+
+    def _check(self) -> None:
+        """Raise when the proxy has failed: what was seen through it proves nothing."""
+        if self._failures:
+            raise RuntimeError(f"the proxy has failed: {self._failures[0]!r}")
 
     async def _listen(self) -> None:
         for member in self.listens:
@@ -410,13 +422,15 @@ class Proxy:
         self.close()
 
     def close(self) -> None:
-        """Reset every connection and listen no more. May be called again."""
+        """Reset every connection and listen no more. May be called again. Raises RuntimeError when the proxy itself has
+        failed, as the other methods do."""
         if self.loop.is_closed():
             return
         asyncio.run_coroutine_threadsafe(self._close(), self.loop).result(_PATIENCE_S)
         self.loop.call_soon_threadsafe(self.loop.stop)
         self._thread.join()
         self.loop.close()
+        self._check()
 
     async def _close(self) -> None:
         for server in self._servers:
@@ -544,6 +558,8 @@ class Proxy:
 
     def _run(self, act: Callable[[], T]) -> T:
         """Do something in the loop's thread, and wait until it is done."""
+
+        self._check()
 
         async def call() -> T:
             return act()

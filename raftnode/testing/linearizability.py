@@ -28,8 +28,8 @@ from msgspec import Struct
 
 from raftnode.testing.history import Operation
 
-MAX_STEPS: Final = 1_000_000
-"""States of one key that the search may visit; some ten to thirty seconds. Past it the key is undecided."""
+MAX_STEPS: Final = 400_000
+"""States of one key that the search may visit: about half a minute. Past it the key is undecided."""
 
 _SHOWN: Final = 12  # operations of a prefix that a violation shows
 _PRINTED: Final = 20  # violations that a verdict prints
@@ -67,9 +67,10 @@ class Violation(Struct, frozen=True):
         lines = [f"{self.kind}: key {self.key!r} in namespace {self.namespace!r}: {self.reason}"]
         if self.kind == "not_linearizable":
             hidden = max(len(self.prefix) - _SHOWN, 0)
-            lines.append(f"  in order{f', after {hidden} others' if hidden else ''}:")
+            if self.prefix:
+                lines.append(f"  in order{f', after {hidden} others' if hidden else ''}:")
             lines += [f"    {describe(operation)}" for operation in self.prefix[hidden:]]
-            lines.append("  and none of these could follow:")
+            lines.append(f"  {'and none of these could follow' if self.prefix else 'none of these could come first'}:")
         for operation, obstacle in zip_longest(self.operations, self.obstacles):
             lines.append(f"    {describe(operation)}")
             if obstacle is not None:
@@ -292,7 +293,12 @@ class _Search:
     that no prelude needs is thereby dropped.
 
     *Awaited values.* Values are unique, so that a put whose value is still to be read by an operation without a place
-    can't be followed by a write; and such a put must have its place before the first of its reads returns.
+    can't be followed by a write: a put and its reads are one piece. It must have its place before the first of its
+    reads returns, and can't have it while something else has to come before the last of them begins.
+
+    *Pieces at once.* Where answers tell only values, and the key holds a value or will never again be found empty, a
+    piece that fits now can come now. For in any order that goes on from here, a write comes next, which does not care
+    what was there; and at the piece's old place a write follows, which does not either.
 
     *Commit ids.* They rise along the order, so that an operation has to wait for each required one with a lower one.
 
@@ -310,9 +316,15 @@ class _Search:
         self._counts = any(item.version for item in self._items)
         self._required = _bits(index for index, item in enumerate(self._items) if item.is_required)
         self._readers = defaultdict[int, int](int)  # by the index of a put: the reads of it, as bits
+        self._reach: dict[int, float] = {}  # by the index of a put: when the last read of it was invoked
         for index, item in enumerate(self._items):
-            if item.reads is not None and item.reads != _NOTHING:
+            if item.reads is not None:
                 self._readers[item.reads] |= 1 << index
+                self._reach[item.reads] = item.invoked
+        self._empty_reads = self._readers.pop(_NOTHING, 0)
+        self._only_values = not self._counts and all(
+            item.order is None and item.replaces is None and item.stranger is None for item in self._items
+        )
         self._orders = sorted(item.order for item in self._items if item.is_required and item.order is not None)
         optional = sorted(
             (item.commit_id, index)
@@ -438,7 +450,10 @@ class _Search:
             if self._must_wait(state, item) is not None:
                 continue
             if item.reads is None:
-                found += [(after, index) for after in self._write(state, index, item, deadline)]
+                written = [(after, index) for after in self._write(state, index, item, deadline)]
+                if written and item.operation.kind == "put" and self._needs_no_choice(state):
+                    return iter(written)  # pieces at once
+                found += written
                 continue
             read = self._read(state, index, item, deadline)
             if read is not None:
@@ -468,6 +483,24 @@ class _Search:
     def _is_awaited(self, state: _State) -> bool:
         """True while the current value is still to be read."""
         return bool((self._readers.get(state.current, 0) >> state.first) & ~state.placed)
+
+    def _needs_no_choice(self, state: _State) -> bool:
+        """True when a put that fits may as well come now."""
+        if not self._only_values:
+            return False
+        return state.current != _NOTHING or not (self._empty_reads >> state.first) & ~state.placed
+
+    def _is_cut_off(self, state: _State, index: int) -> Operation | None:
+        """What must come before the last read of a put begins, and thus between the put and that read."""
+        reach = self._reach.get(index, -inf)
+        placed = (state.placed | self._readers.get(index, 0) >> state.first) | 1 << (index - state.first)
+        position = state.first
+        while position < len(self._items) and self._items[position].invoked < reach:
+            if not placed & 1 and self._items[position].returned < reach:
+                return self._items[position].operation
+            placed >>= 1
+            position += 1
+        return None
 
     def _read(self, state: _State, index: int, item: _Item, deadline: float) -> _State | None:
         """The state after a get, None where it does not fit."""
@@ -504,6 +537,8 @@ class _Search:
     def _write(self, state: _State, index: int, item: _Item, deadline: float) -> Iterator[_State]:
         """The states after a write, one for each prelude with which it fits."""
         if item.is_contradictory or self._is_awaited(state):
+            return
+        if self._reach.get(index, -inf) > deadline and self._is_cut_off(state, index) is not None:
             return
         is_put = item.operation.kind == "put"
         for deletes, puts in self._preludes(state, item, deadline):
@@ -621,6 +656,10 @@ class _Search:
             reader = (self._readers[state.current] >> state.first) & ~state.placed
             first = self._items[state.first + (reader & -reader).bit_length() - 1].operation
             return f"the value before it is still to be read: {describe(first)}"
+        between = self._is_cut_off(state, self._items.index(item))
+        if between is not None:
+            last = self._items[self._readers[self._items.index(item)].bit_length() - 1].operation
+            return f"it is read by {describe(last)}; between the two has to come {describe(between)}"
         return f"it was told version {operation.version}, replaced {operation.replaced}"
 
 

@@ -141,16 +141,23 @@ def command_environment(environment: Mapping[str, str] | None = None) -> dict[st
 def inspect(directory: Path, *command: str) -> list[dict[str, Any]]:
     """What `raftnode-inspect COMMAND DIR --json` prints: one dict a line. Raises InspectionFailed for any exit
     status but 0."""
+    return [json.loads(line) for line in inspect_lines(directory, *command)]
+
+
+def inspect_lines(directory: Path, *command: str) -> Iterator[bytes]:
+    """The lines that `inspect` reads, as they come: for logs that are long. Raises InspectionFailed after the last one
+    for any exit status but 0."""
     name, *options = command
-    done = subprocess.run(
-        [sys.executable, "-m", "raftnode.inspector", name, str(directory), "--json", *options],
-        env=command_environment(),
-        capture_output=True,
-        check=False,
-    )
-    if done.returncode:
-        raise InspectionFailed(done.returncode, done.stderr.decode(errors="replace").strip())
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    words = [sys.executable, "-m", "raftnode.inspector", name, str(directory), "--json", *options]
+    with (
+        tempfile.TemporaryFile() as complaints,
+        subprocess.Popen(words, env=command_environment(), stdout=subprocess.PIPE, stderr=complaints) as process,
+    ):
+        assert process.stdout is not None, "it was asked for"
+        yield from process.stdout
+        if status := process.wait():
+            complaints.seek(0)
+            raise InspectionFailed(status, complaints.read().decode(errors="replace").strip())
 
 
 class NodeProcess:

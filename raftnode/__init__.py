@@ -21,6 +21,7 @@
     the namespaces          Store: LMDB, and over it the effects that are applied but not in a transaction yet
     the membership          the log (Journal.membership); never who answers. Transport.live is only who answers
     who a member is         address and node id together; the ids are bound by the handshake, kept in the membership
+    what others promised    consensus.witness; kept in the store, told in the handshake
     who waits for what      requests.Requests; each arrival gets exactly one answer
     room, format, node id   the store and its directory
 

@@ -339,7 +339,7 @@ class Link(Wire):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
         self.owner.links[self.peer] = self
-        self._request(self.owner.hello())
+        self._request(self.owner.hello(self.peer))
         self.flush()
 
     def admit(self) -> None:

@@ -73,6 +73,9 @@ from raftnode.store import Store
 from raftnode.transport import Transport
 from raftnode.version import __version__
 
+_WITNESS_S: Final = 1.0
+"""So often, at most, the witnesses are written."""
+
 T = TypeVar("T")
 
 
@@ -155,12 +158,14 @@ class Election:
         self._has_ended = False
         self._effects_since: float | None = None
         self._readers_checked = self._started
+        self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
         self._complaint = ""
 
     def _new_raft(self) -> Raft:
-        store = self.store
-        return Raft(self.me, store.journal, store.ballot, store.commit_id, self.chance, self.settings, self.clock())
+        store, now = self.store, self.clock()
+        journal, ballot, known = store.journal, store.ballot, store.witnesses
+        return Raft(self.me, journal, ballot, store.commit_id, self.chance, self.settings, now, known)
 
     # --- one turn ---
 
@@ -212,12 +217,19 @@ class Election:
 
     def _write(self, ready: Ready, clock: Callable[[], float]) -> None:
         began = clock()
+        self._keep_witnesses()
         self.store.write(ready.ballot)
         self._effects_since = None
         took_ms = (clock() - began) * 1000
         if took_ms > self.settings.slow_sync_ms:
             self.log.warning("slow_sync", took_ms=round(took_ms), at=self.store.journal.written)
         self._set_clock(clock())  # a leader whose sync hung for an election timeout steps down here
+
+    def _keep_witnesses(self) -> None:
+        """Now and then, let a transaction that happens anyway take with it what is known of the others' promises."""
+        if self._now - self._witnessed_at >= _WITNESS_S or self.handshake.needs_write:
+            self._witnessed_at = self._now
+            self.store.witnesses = self.raft.remember().facts()
 
     def _finish(self) -> None:
         """What the write has made possible: commits of a cluster of one, answers to hellos, and the housekeeping."""
@@ -378,7 +390,7 @@ class Election:
         if self._is_trusted(arrival):
             message = arrival.message
             assert isinstance(message, VoteRequest | Heartbeat | Data)
-            self.raft.step(arrival, message)
+            self.raft.step(arrival, message, self.handshake.is_first_hand(arrival))
 
     def _on_data(self, arrival: Arrival) -> None:
         """A leader's entries, unless they could use up the room that this node needs for its ballot."""
@@ -390,7 +402,10 @@ class Election:
             self.raft.refuse_for_space(arrival, message)
 
     def _is_trusted(self, arrival: Arrival) -> bool:
-        """From a member, or from the program that embeds this node."""
+        """From a member, or from the program that embeds this node; and not asked of one that has forgotten."""
+        if self.raft.has_forgotten:
+            self.handshake.refuse_as_old_copy(arrival)
+            return False
         return isinstance(arrival.origin, _Caller) or self.handshake.is_from_member(arrival)
 
     # --- housekeeping ---

@@ -3,6 +3,10 @@
 Every link begins with cluster id, node id, address and protocol version, and each side checks the other's. Members are
 known by address *and* node id: a node that lost its disk comes back with another id and is not taken for the old voter,
 whose promises it has forgotten. An id met for the first time is written down before anything is exchanged with it.
+
+Each side also reminds the other of what it has promised (`consensus.witness` has the argument). A node whose directory
+was put back from an old copy learns so that it has forgotten, and from then on takes part in nothing: it refuses every
+hello as `old_copy`, uses no link, and answers no request of a member.
 """
 
 from __future__ import annotations
@@ -10,11 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from raftnode.consensus.raft import Raft
+from raftnode.consensus.witness import Witness
 from raftnode.mailbox import Arrival, Cut, Greeting, LinkEnd, MemberEnd
-from raftnode.messages import PROTOCOL_VERSION, Hello, HelloAnswer, VoteRequest
+from raftnode.messages import GENESIS, PROTOCOL_VERSION, Hello, HelloAnswer, Reminder, VoteRequest
 from raftnode.store import Store
 from raftnode.transport import Transport
 
@@ -35,14 +40,22 @@ class Handshake:
         self._strangers = 0
         self._welcomes: list[Callable[[], None]] = []
         self._links: dict[str, LinkEnd] = {}  # ours, by member, that were admitted
+        self._links_to_us: dict[str, MemberEnd] = {}  # the newest of each member
+        self._is_aside = False  # this node has forgotten, and that was said and written down
+        transport.reminder_for = self._reminder_for
+        if raft.has_forgotten:
+            self._stand_aside()
 
     @property
     def needs_write(self) -> bool:
-        """True when a node id was learned that must be on disk before its owner is answered."""
-        return bool(self._welcomes)
+        """True when something was learned that must be on disk before it is acted on: a node id, or that this node has
+        forgotten what it promised."""
+        return bool(self._welcomes) or (self._raft.has_forgotten and not self._is_aside)
 
     def finish(self) -> None:
         """What was learned is on disk: answer."""
+        if self._raft.has_forgotten and not self._is_aside:
+            self._stand_aside()
         welcomes, self._welcomes = self._welcomes, []
         for welcome in welcomes:
             welcome()
@@ -55,6 +68,7 @@ class Handshake:
             arrival.refuse("bad_request", "hello begins a connection between members")
             return
         problem = self._problem_with(hello.cluster, hello.node, hello.address, hello.protocol)
+        problem = problem or self._forgotten(hello.reminder)
         if problem is not None:
             self.note_refusal(hello.address, *problem)
             arrival.refuse(*problem)
@@ -64,9 +78,12 @@ class Handshake:
         def welcome() -> None:
             if hello.link:
                 self._transport.replace_connection(connection, hello.address)
+                self._links_to_us[hello.address] = connection
             connection.become_link_of(hello.address, hello.link)
             cluster = str(self._store.cluster_id)
-            arrival.answer(HelloAnswer(cluster=cluster, node=self._store.node_id, address=self._me))
+            self._raft.remember()
+            reminder = self._reminder_for(hello.address)
+            arrival.answer(HelloAnswer(cluster=cluster, node=self._store.node_id, address=self._me, reminder=reminder))
 
         self._once_bound(hello.address, hello.node, welcome)
 
@@ -77,6 +94,7 @@ class Handshake:
             problem: tuple[str, str] | None = (answer.error.code, answer.error.message)
         else:
             problem = self._problem_with(answer.cluster, answer.node, peer, PROTOCOL_VERSION)
+            problem = problem or self._forgotten(answer.reminder)
         if problem is not None:
             self.note_refusal(peer, *problem)
             link.cut()
@@ -108,6 +126,53 @@ class Handshake:
         else:
             return True
         return False
+
+    def is_first_hand(self, arrival: Arrival) -> bool:
+        """True for what came over a member's own link, which only its consensus uses."""
+        peer = arrival.origin.peer
+        return peer is not None and self._links_to_us.get(peer) is arrival.origin
+
+    # --- promises (see `consensus.witness`) ---
+
+    def _reminder_for(self, peer: str) -> Reminder | UnsetType:
+        """What to tell `peer` of its promises; nothing while it is not known which node that is."""
+        node, witness = self._raft.membership.node_of(peer), self._raft.witnesses.of(peer)
+        if not node:
+            return UNSET
+        return Reminder(node=node, term=witness.term, held=witness.held, floor=witness.floor)
+
+    def _forgotten(self, reminder: Reminder | UnsetType) -> tuple[str, str] | None:
+        """Take what another member remembers of this node: (code, words) when this node lacks any of it."""
+        if reminder is not UNSET and reminder.node == self._store.node_id:
+            self._raft.remind(Witness(reminder.term, reminder.held, reminder.floor))
+        return ("old_copy", self.why_aside) if self._raft.has_forgotten else None
+
+    @property
+    def why_aside(self) -> str:
+        """What this node has forgotten, and what to do."""
+        promised, last = self._raft.witnesses.of(self._me), self._store.journal.last.id
+        held = max(promised.held, promised.floor, key=lambda id: id.commit_id)
+        entry = f" and has acknowledged entry {held.commit_id} of term {held.term}" if held != GENESIS else ""
+        return (
+            f"the data directory of {self._me} is an older copy: the node has spoken in term {promised.term}{entry}, "
+            f"but this directory has term {self._raft.term}, and its log ends with entry {last.commit_id} of term "
+            f"{last.term}. The node takes part in nothing. Put its newest directory back; if that is lost, it can't "
+            "come back as the node that it was (changing the members comes in a later version)"
+        )
+
+    def refuse_as_old_copy(self, arrival: Arrival) -> None:
+        """Somebody wants a node that has forgotten to take part."""
+        arrival.refuse("old_copy", self.why_aside)
+
+    def _stand_aside(self) -> None:
+        """It is on disk that this node has forgotten: say so, and end its links, in both directions."""
+        self._is_aside = True
+        self._log.error("old_copy", why=self.why_aside, data_dir=str(self._store.data_dir))
+        for link in self._links.values():
+            link.cut()
+        for end in self._links_to_us.values():
+            end.cut()
+        self._links_to_us.clear()
 
     def _once_bound(self, peer: str, node: str, then: Callable[[], None]) -> None:
         """The id of a member met for the first time is on disk before anything is exchanged with it."""

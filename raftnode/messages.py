@@ -58,6 +58,7 @@ CODES: Final = {
     "wrong_node": "the address is known with another node id",
     "wrong_protocol": "the other node speaks another version",
     "not_member": "the address is not in the membership",
+    "old_copy": "the node has forgotten what it promised: its data directory is an older copy",
 }
 """Every code that an answer can carry. The words are a published interface."""
 
@@ -246,6 +247,20 @@ class RemovePeer(Request, tag="remove_peer", kw_only=True):
 # --- requests of members --------------------------------------------------------------------------------------
 
 
+class Reminder(Struct, kw_only=True):
+    """What the sender remembers of whom it greets; who does not keep that has an old copy of its directory (see
+    `consensus.witness`)."""
+
+    node: Name
+    """The node that is meant: another one at its address has promised nothing of this."""
+    term: Count = 0
+    """It has spoken in this term."""
+    held: EntryId = GENESIS
+    """It has acknowledged this entry in that term."""
+    floor: EntryId = GENESIS
+    """It holds this entry, which is committed."""
+
+
 class Hello(Request, tag="hello", kw_only=True):
     """The first message of every link between members (rule 9)."""
 
@@ -256,6 +271,7 @@ class Hello(Request, tag="hello", kw_only=True):
     protocol: Count = PROTOCOL_VERSION
     link: bool = True
     """This is the member's one link, in place of an older one; false for a single request from another thread."""
+    reminder: Reminder | UnsetType = UNSET
 
 
 class Staged(Struct, kw_only=True):
@@ -397,6 +413,7 @@ class HelloAnswer(Answer, tag="hello", kw_only=True):
     cluster: str = ""
     node: str = ""
     address: str = ""
+    reminder: Reminder | UnsetType = UNSET
 
 
 class VoteAnswer(Answer, tag="vote_request", kw_only=True):

@@ -2,8 +2,8 @@
 
 **On disk** (`records` has the bytes, `environment` the files): `log` holds every entry under its commit_id; those
 above the stored commit_id are *staged*. `committed` holds the namespaces as of exactly that commit_id. `meta` holds the
-format, the node's id and address, the cluster's id, the ballot, the commit_id, where the kept log begins, and the
-memberships.
+format, the node's id and address, the cluster's id, the ballot, the commit_id, where the kept log begins, the
+memberships, and what this node remembers of the promises of the others (`consensus.witness`).
 
 **Who uses it**: one thread writes, the one that runs `Election.cycle` (or, without an election, the caller of `put`).
 Once a node is made, `write` is the only transaction: ballot, cut and new entries, effects of what has committed, and
@@ -33,6 +33,7 @@ from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Journal, Mark
 from raftnode.consensus.membership import Membership, cluster_id
+from raftnode.consensus.witness import Witness
 from raftnode.environment import Environment, MemoryDirectory
 from raftnode.errors import ConfigError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
 from raftnode.messages import (
@@ -143,6 +144,7 @@ class Store:
         self.ballot: Ballot = self._fact(txn, b"ballot", Ballot) or Ballot()
         self.commit_id: int = self._fact(txn, b"commit_id", int) or 0
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
+        self.witnesses: dict[str, Witness] = self._fact(txn, b"witnesses", dict[str, Witness]) or {}
 
     def _check_log(self, txn: lmdb.Transaction) -> tuple[Mark, Mark]:
         """The ends of the log, after a look at its tail. The middle is checked when it is read."""
@@ -362,6 +364,7 @@ class Store:
             b"ballot": self.ballot,
             b"commit_id": self.commit_id,
             b"memberships": self.journal.memberships,
+            b"witnesses": self.witnesses,
         }
         changed = {name: fact for name, fact in now.items() if self._on_disk.get(name) != fact}
         for name, fact in changed.items():

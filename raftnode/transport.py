@@ -18,15 +18,17 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
+
+from msgspec import UNSET, UnsetType
 
 from raftnode.blocking import Caller, ConnectFailed
 from raftnode.config import Settings, canonical_address, parse_address
 from raftnode.connections import Connection, Link, Wire
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, Unavailable
 from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, MemberEnd, insert
-from raftnode.messages import ClientRequest, Hello, PeerRequest, decode_object, encode, encode_object
+from raftnode.messages import ClientRequest, Hello, PeerRequest, Reminder, decode_object, encode, encode_object
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
@@ -77,6 +79,8 @@ class Transport:
         self.in_flight_bytes = 0
         """Size of the requests that are not answered yet."""
         self.now = time.monotonic
+        self.reminder_for: Callable[[str], Reminder | UnsetType] = lambda _peer: UNSET
+        """What our hello reminds a member of; the handshake knows."""
         self._identity: tuple[str, str] | None = None
         self._driver: Driver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -105,12 +109,14 @@ class Transport:
         self._driver = driver
         self.settings = settings
 
-    def hello(self) -> Hello:
-        """What a link to another member begins with. Raises ConfigError before `identify`."""
+    def hello(self, peer: str | None = None) -> Hello:
+        """What a link to the member `peer` begins with; without one, a connection for single requests. Raises
+        ConfigError before `identify`."""
         if self._identity is None:
             raise ConfigError("this transport belongs to no node yet: other members would refuse it")
         cluster, node = self._identity
-        return Hello(cluster=cluster, node=node, address=self.my_ip)
+        reminder = UNSET if peer is None else self.reminder_for(peer)
+        return Hello(cluster=cluster, node=node, address=self.my_ip, reminder=reminder)
 
     def set_peers(self, peers: list[str]) -> None:
         """The other members are these; links to them are kept from now on, links to others are ended."""

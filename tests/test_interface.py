@@ -269,7 +269,15 @@ def test_codes_by_meaning() -> None:
         BadRequest: {"bad_request", "unknown_type", "too_large", "key_too_long", "unsupported"},
         Unavailable: {"no_leader", "overloaded", "storage_full", "shutting_down"},
         NodeDamaged: {"damaged"},
-        NotCommitted: {"not_committed", "internal", "wrong_cluster", "wrong_node", "wrong_protocol", "not_member"},
+        NotCommitted: {
+            "not_committed",
+            "internal",
+            "wrong_cluster",
+            "wrong_node",
+            "wrong_protocol",
+            "not_member",
+            "old_copy",
+        },
     }
     assert type(error_for("a_word_of_tomorrow", "")) is NotCommitted
 

@@ -5,6 +5,7 @@
     progress    what a leader knows of one other member, and what to send it next
     membership  who the members are, and what a majority of them has reached
     reads       rounds in which a leader confirms that it still leads, shared by the reads that wait
+    witness     what each member remembers of the promises of the others, so that an old copy of a directory is noticed
     raft        the state machine that joins them
 
 The way in is `Raft.step` (a message), `Raft.tick` (time), `Raft.propose` and `Raft.read`; the way out is `Raft.ready`,
@@ -26,7 +27,8 @@ and answers, in that order.
     until that is applied, and is answered from one snapshot; not before the leader's no-op has committed. No leases.
  8. (Not yet.) Membership changes one node at a time, through the log, in force when appended; who joins is a learner
     first.
- 9. Members are known by address and node id; every link starts with cluster id, node id and protocol version.
+ 9. Members are known by address and node id; every link starts with cluster id, node id and protocol version, and with
+    what the other has promised before: who has forgotten any of it takes part in nothing.
 10. (Not yet.) A write may carry `client` and `seq`; its outcome is kept, so that a retry is not applied twice.
 11. Time is passed in, chance is an injected `random.Random`, iteration over sets is sorted: one seed, one trace.
 12. An answer is "failed" only if the command was never appended; after a time-out, a lost leadership or a cut

@@ -9,6 +9,7 @@ Time is a monotonic number of seconds, passed in. Members are addresses.
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from msgspec import Raw
@@ -19,12 +20,14 @@ from raftnode.consensus.journal import Gap, HistoryDiffers, Journal
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.progress import Progress
 from raftnode.consensus.reads import ReadRounds
+from raftnode.consensus.witness import Witness, Witnesses
 from raftnode.errors import ProtocolError
 from raftnode.messages import (
     GENESIS,
     Data,
     DataAnswer,
     Entry,
+    EntryId,
     Heartbeat,
     HeartbeatAnswer,
     Noop,
@@ -79,8 +82,10 @@ class Raft:
         chance: random.Random,
         settings: Settings,
         now: float,
+        witnesses: Mapping[str, Witness] | None = None,
     ) -> None:
-        """`commit_id` is what the store has applied; `now` is when this member starts (seconds, monotonic)."""
+        """`commit_id` is what the store has applied; `now` is when this member starts (seconds, monotonic).
+        `witnesses` is what this member remembered before of the others, and of itself when it had forgotten."""
         self.me = me
         self.journal = journal
         self.ballot = ballot
@@ -94,6 +99,9 @@ class Raft:
         """Commands that this leader has staged in its term and not handed out as committed."""
         self.complaint = ""
         """Why entries of the leader were refused last, in words, for the log; "" while all is well."""
+        self.witnesses = Witnesses(witnesses or {})
+        self.has_forgotten = not self.witnesses.of(me).is_kept(ballot, journal)
+        """This member's disk lacks what it has promised (`witness`): it takes part in nothing, for good."""
         self._chance = chance
         self._settings = settings
         self._low = settings.election_low_ms / 1000
@@ -102,6 +110,7 @@ class Raft:
         self._wall_ms = 0
         self._heard_leader_at = float("-inf")
         self._matched = 0  # this log equals the current leader's up to here; known anew with each leader
+        self._led: tuple[str, int] = (me, 0)  # who led last, and up to where it said that what we share is committed
         self._votes: set[str] = set()
         self._confirmed_reads: list[tuple[int, object]] = []  # wait only for their commit_id to be applied
         self._first_own = 0  # commit_id of this leader's no-op
@@ -213,10 +222,12 @@ class Raft:
     # --- campaigns ---
 
     def campaign(self) -> None:
-        """Ask for a pre-vote; with a majority of those, for votes (thesis 9.6). A learner never campaigns."""
+        """Ask for a pre-vote; with a majority of those, for votes (thesis 9.6). Neither a learner nor who has forgotten
+        its promises ever campaigns."""
         self._arm_election()
-        if self.me not in self.membership.voters:
+        if self.me not in self.membership.voters or self.has_forgotten:
             return
+        self.remember()
         self._set_role(Role.PRE_CANDIDATE)
         self.leader = None
         self._votes = {self.me}
@@ -265,6 +276,7 @@ class Raft:
     def _become_follower(self, term: int, leader: str | None) -> None:
         """Follow in `term`. The election timer goes on: only a leader's message or a granted vote starts it anew."""
         led = self.is_leader
+        self.remember()
         if term > self.term:
             self._set_ballot(self.ballot.in_term(term))
         self._matched = 0  # even if the leader is one that was known: what matched in its last term says nothing here
@@ -304,8 +316,9 @@ class Raft:
 
     # --- requests of other members ---
 
-    def step(self, ticket: Ticket, message: PeerRequest) -> None:
-        """Take a request of another member; its answer comes in `ready` with the ticket."""
+    def step(self, ticket: Ticket, message: PeerRequest, first_hand: bool = True) -> None:
+        """Take a request of another member; its answer comes in `ready` with the ticket. `first_hand` is false when not
+        that member itself has sent it, but a program that speaks for it."""
         match message:
             case Data():
                 self._on_data(ticket, message)
@@ -313,6 +326,8 @@ class Raft:
                 self._on_heartbeat(ticket, message)
             case VoteRequest():
                 self._on_vote_request(ticket, message)
+        if first_hand:
+            self._witness_request(message)
 
     def _on_vote_request(self, ticket: Ticket, message: VoteRequest) -> None:
         granted = self._grants_pre_vote(message) if message.pre_vote else self._grants_vote(message)
@@ -421,7 +436,11 @@ class Raft:
 
     def take(self, peer: str, answer: PeerAnswer) -> None:
         """Take the answer of `peer` to a request of ours. Late ones and those of other terms change nothing."""
+        if self.has_forgotten:
+            return
         granted_pre_vote = isinstance(answer, VoteAnswer) and answer.pre_vote and answer.data
+        if not granted_pre_vote:
+            self.witnesses.spoke(peer, answer.term)
         if answer.term > self.term and not granted_pre_vote:
             self._become_follower(answer.term, None)
             return
@@ -485,8 +504,47 @@ class Raft:
 
     def unreachable(self, peer: str) -> None:
         """The link to `peer` was cut: what was under way may be lost."""
+        self.remember()
         if (progress := self.progress.get(peer)) is not None:
             progress.lost()
+
+    # --- promises (see `witness`) ---
+
+    def remember(self) -> Witnesses:
+        """What this member knows of the promises of the others, as of now. What it knows of their logs is added only
+        here, as it is asked for seldom: of the members that this one leads, and of the one that led it last."""
+        leader, position = self._led
+        if self._is_news(position, self.witnesses.of(leader).floor):
+            self.witnesses.add(leader, Witness(floor=self.journal.id_at(position)))
+        for peer, progress in self.progress.items():
+            known, match, position = self.witnesses.of(peer), progress.match, min(progress.match, self.commit_id)
+            if self._is_news(match, known.held):
+                self.witnesses.add(peer, Witness(self.term, held=self.journal.id_at(match)))
+            if self._is_news(position, known.floor):
+                self.witnesses.add(peer, Witness(floor=self.journal.id_at(position)))
+        return self.witnesses
+
+    def _is_news(self, position: int, known: EntryId) -> bool:
+        return position > max(known.commit_id, self.journal.base.id.commit_id)
+
+    def remind(self, witness: Witness) -> bool:
+        """Another member tells what this one has promised; false when it has forgotten that, or anything before."""
+        if not witness.is_kept(self.ballot, self.journal):
+            self.witnesses.add(self.me, witness)
+            self.has_forgotten = True
+            self._become_follower(self.term, None)
+        return not self.has_forgotten
+
+    def _witness_request(self, message: PeerRequest) -> None:
+        """Who sends it is in its term; a leader has on disk what it calls committed, as it can't hear of copies of its
+        entries before the turn in which it has sent and written them is over."""
+        if isinstance(message, VoteRequest):
+            if not message.pre_vote:
+                self.witnesses.spoke(message.staged.address, message.term)
+            return
+        self.witnesses.spoke(message.leader, message.term)
+        if message.leader == self.leader and message.term == self.term:
+            self._led = (message.leader, min(message.commit_id, self._matched))
 
     # --- the way out ---
 

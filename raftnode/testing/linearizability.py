@@ -511,8 +511,6 @@ class _Search:
             if item.reads != _NOTHING or self._is_awaited(state) or not self._free_deletes(state, deadline):
                 return None
             deletes = 1
-        elif item.version is not None and item.version != state.version:
-            return None
         mark = state.mark + deletes
         if item.commit_id is not None:
             if item.commit_id < mark:
@@ -643,6 +641,8 @@ class _Search:
         blocker = self._must_wait(state, item)
         if item.is_contradictory:
             return "what it was told contradicts itself, or what others were told of the same put"
+        if any(self._items[index] is item for _, index in self._successors(state)):
+            return "it could follow, but leads only to what was tried in another order"
         if blocker is not None:
             first = next(other.operation for other in self._items if other.is_required and other.order == blocker)
             return f"its commit_id is {item.commit_id}, and one with a lower has to come first: {describe(first)}"
@@ -650,8 +650,6 @@ class _Search:
             return f"it read {'nothing' if operation.value is None else _shorten(operation.value)}"
         if item.commit_id is not None and item.commit_id < state.mark + (item.reads is None):
             return f"its commit_id is {item.commit_id}, and {state.mark} came before"
-        if item.reads is not None:
-            return f"it read version {operation.version}"
         if self._is_awaited(state):
             reader = (self._readers[state.current] >> state.first) & ~state.placed
             first = self._items[state.first + (reader & -reader).bit_length() - 1].operation

@@ -190,15 +190,21 @@ class Connection(Wire):
             self._backlog.popleft()
             if isinstance(item, _Refused):
                 self._send_soon(item.answer)
-            elif self.owner.has_memory_for(item.size):
+            elif self._may_not_be_refused(item) or self.owner.has_memory_for(item.size):
                 self._begin(item)
                 ready.append(item)
             else:
                 self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
-        self.owner.deliver(ready)
+        self.owner.deliver(ready, limited=self.peer is None)
         if decoded == _MOST_AT_ONCE:
             self._pump_soon()
         self._read_on(not self._backlog)
+
+    def _may_not_be_refused(self, arrival: Arrival) -> bool:
+        """What members say of the consensus is bounded by their windows, and a hello is short. If they could be refused,
+        the clients of a busy node could end the rule of a leader, or keep a member out."""
+        is_members = self.peer is not None and not isinstance(arrival.message, ClientRequest)
+        return is_members or isinstance(arrival.message, Hello)
 
     def _pump_soon(self) -> None:
         """Go on when others have had their turn."""

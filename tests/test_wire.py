@@ -974,6 +974,29 @@ def test_full_mailbox(start: Start, connect: Connect, with_ids: bool) -> None:
         assert_serves(client)
 
 
+@pytest.mark.parametrize("limit", ["mailbox_batches", "in_flight_bytes"])
+def test_what_members_say_finds_room_at_a_full_node(start: Start, connect: Connect, limit: str) -> None:
+    """Clients that fill the mailbox (here: one batch), or all the memory for requests (one byte), must not end the rule
+    of a leader: the heartbeats and entries of members are taken all the same (mailbox docstring). Eight clients send
+    before the leader does, while the node is held, so that its mailbox is full when the leader is read. Found by the
+    simulator, as a cluster at rest that never committed again."""
+    leader = free_address()
+    node = start([leader], **{limit: 1})
+    member, clients = connect(node), [connect(node) for _ in range(8)]
+    member.ask(**hello(node, leader))
+    beat = {"type": "heartbeat", "term": 5, "leader": leader, "commit_id": 0}
+    data = {"type": "data", "action": "commit", "term": 5, "leader": leader, "previous": {"term": 0, "commit_id": 0}}
+    for n in range(2, 22, 2):
+        with held(node):
+            for client in clients:
+                client.send(line({"type": "ping", "id": n}))
+            member.send(line({**beat, "id": n}) + line({**data, "id": n + 1}))
+        answers = member.answers(2)
+        assert [a.get("error") for a in answers] == [None, None]
+        assert {a["id"] for a in answers} == {n, n + 1}
+    assert any(a.get("error", {}).get("code") == "overloaded" for client in clients for a in client.answers(10))
+
+
 def test_storage_full_and_room_again(start: Start, connect: Connect) -> None:
     """Below the reserve of room, puts get `storage_full` with what to do; gets and deletes go on, and after deletes
     puts go on by themselves (store docstring). A map of 8 MB is filled with values of 100 KB."""

@@ -8,14 +8,58 @@ property; the names of the thesis (figure 3.2) are used where it has one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from raftnode.consensus.ballot import Ballot
-from raftnode.messages import DataAnswer, Entry, EntryId, VoteAnswer, VoteRequest
+from raftnode.consensus.journal import Mark
+from raftnode.consensus.membership import Membership
+from raftnode.consensus.raft import Raft
+from raftnode.messages import (
+    Data,
+    DataAnswer,
+    Entry,
+    EntryId,
+    Heartbeat,
+    HeartbeatAnswer,
+    VoteAnswer,
+    VoteRequest,
+)
 
 if TYPE_CHECKING:
-    from raftnode.testing.network import Envelope, Member
+    from raftnode.testing.network import Reads
+
+
+class Durable(Protocol):
+    """What is on a member's disk. `entries[n]` has commit_id `n + 1`."""
+
+    ballot: Ballot
+    commit_id: int
+
+    @property
+    def entries(self) -> Sequence[Entry]: ...
+    @property
+    def last(self) -> Mark: ...
+    @property
+    def membership(self) -> Membership: ...
+    def holds(self, id: EntryId) -> bool: ...
+
+
+class Watched(Protocol):
+    """A member of a simulated cluster: a pure one (`network.Member`), or a whole node (`simulated.SimulatedNode`)."""
+
+    name: str
+
+    @property
+    def disk(self) -> Durable: ...
+    @property
+    def is_up(self) -> bool: ...
+    @property
+    def raft(self) -> Raft: ...
+    @property
+    def applied(self) -> Sequence[Entry]: ...
+    @property
+    def reads(self) -> Reads: ...
 
 
 class Chosen(NamedTuple):
@@ -39,17 +83,23 @@ class Look(NamedTuple):
 class Invariants:
     """Checks one cluster from its first turn on. `check` is called after each turn with the member that took it."""
 
-    def __init__(self, members: Mapping[str, Member]) -> None:
+    def __init__(self, members: Mapping[str, Watched]) -> None:
         self._members = members
         self.chosen: list[Chosen] = []
         """What was committed, by position: `chosen[n]` has commit_id `n + 1`."""
         self._leaders: dict[int, str] = {}
+        self._votes: dict[tuple[str, int], str] = {}
         self._checksums: dict[EntryId, int] = {}
         self._looks = {name: Look(Ballot(), 0, 0, 0) for name in members}
         self._logs: dict[str, tuple[int, Entry | None]] = dict.fromkeys(members, (0, None))
         self._read_floors: dict[object, int] = {}
 
-    def check(self, member: Member) -> None:
+    @property
+    def elections(self) -> int:
+        """How many terms have had a leader."""
+        return len(self._leaders)
+
+    def check(self, member: Watched) -> None:
         """Everything, after a turn of `member`, which may have ended in a crash."""
         self._check_durable(member)
         self._check_log_matching(member)
@@ -60,26 +110,35 @@ class Invariants:
             self._check_reads(member)
         self._look(member)
 
-    def sent(self, member: Member, envelope: Envelope) -> None:
-        """A message leaves `member`: what it says must be on the disk already (thesis 3.8; TRAPS 1, 2)."""
-        name, disk, message = member.name, member.disk, envelope.message
+    def sent(self, member: Watched, target: str, message: Any) -> None:
+        """A message leaves `member` for `target`: what it says must be on the disk already (thesis 3.8; TRAPS 1, 2)."""
+        name, disk = member.name, member.disk
+        if not isinstance(message, VoteRequest | VoteAnswer | Heartbeat | HeartbeatAnswer | Data | DataAnswer):
+            return  # not of the consensus
         if isinstance(message, VoteRequest | VoteAnswer) and message.pre_vote:
             return  # promises nothing
         assert message.term <= disk.ballot.term, (
             f"disk before words: {name} speaks in term {message.term}, on disk is {disk.ballot}"
         )
         if isinstance(message, VoteRequest):
-            assert disk.ballot == Ballot(message.term, name), f"disk before words: {name} asks on {disk.ballot}"
+            self._voted(member, message.term, name)
         if isinstance(message, VoteAnswer) and message.data:
-            assert disk.ballot == Ballot(message.term, envelope.target), (
-                f"disk before words: {name} votes for {envelope.target}, on disk is {disk.ballot}"
-            )
+            self._voted(member, message.term, target)
         if isinstance(message, DataAnswer) and message.data:
             assert message.match <= len(disk.entries), (
                 f"disk before words: {name} acknowledges {message.match}, on disk are {len(disk.entries)}"
             )
 
-    def restarted(self, member: Member) -> None:
+    def _voted(self, member: Watched, term: int, candidate: str) -> None:
+        """`member` tells its vote: it is on disk, or a later term is, in which it will never vote again in this one."""
+        ballot = member.disk.ballot
+        assert ballot == Ballot(term, candidate) or ballot.term > term, (
+            f"disk before words: {member.name} votes for {candidate} in term {term}, on disk is {ballot}"
+        )
+        before = self._votes.setdefault((member.name, term), candidate)
+        assert before == candidate, f"one vote a term: {member.name} told {before} and {candidate} in term {term}"
+
+    def restarted(self, member: Watched) -> None:
         """`member` has come back from its disk: in memory it may have fallen behind what it knew, on disk not."""
         self._look(member)
         self.check(member)
@@ -88,12 +147,12 @@ class Invariants:
         """A linearizable read has begun: its answer must show all that is committed by now."""
         self._read_floors[token] = len(self.chosen)
 
-    def _look(self, member: Member) -> None:
+    def _look(self, member: Watched) -> None:
         disk = member.disk
         known = (member.raft.commit_id, member.raft.applied) if member.is_up else (disk.commit_id, disk.commit_id)
         self._looks[member.name] = Look(disk.ballot, disk.commit_id, *known)
 
-    def _check_durable(self, member: Member) -> None:
+    def _check_durable(self, member: Watched) -> None:
         """Against the last look at the disk; holds across restarts too."""
         before, disk = self._looks[member.name], member.disk
         name, ballot = member.name, disk.ballot
@@ -105,7 +164,7 @@ class Invariants:
         )
         assert disk.commit_id <= len(disk.entries), f"applied entries are on disk: {name} lacks {disk.commit_id}"
 
-    def _check_basic(self, member: Member) -> None:
+    def _check_basic(self, member: Watched) -> None:
         """Of the member as it is between two turns."""
         name, raft, disk, before = member.name, member.raft, member.disk, self._looks[member.name]
         assert raft.ballot == disk.ballot, f"memory equals disk: {name} has {raft.ballot}, on disk {disk.ballot}"
@@ -122,7 +181,7 @@ class Invariants:
         )
         assert len(member.applied) == raft.applied, f"each entry is applied once: {name}"
 
-    def _check_log_matching(self, member: Member) -> None:
+    def _check_log_matching(self, member: Watched) -> None:
         """Equal ids have equal checksums, which cover all that comes before; terms never fall along a log."""
         log = member.disk.entries
         length, last = self._logs[member.name]
@@ -135,7 +194,7 @@ class Invariants:
             assert n == 0 or log[n - 1].term <= entry.term, f"terms never fall along the log: {member.name} at {n + 1}"
         self._logs[member.name] = (len(log), log[-1] if log else None)
 
-    def _check_applied(self, member: Member) -> None:
+    def _check_applied(self, member: Watched) -> None:
         """What a member newly applied is what all others have applied there. One that died in this turn counts too, as
         far as its disk tells: it may have been the first."""
         for entry in member.applied[self._looks[member.name].applied :]:
@@ -147,16 +206,16 @@ class Invariants:
                 f"state-machine safety: {member.name} applied {entry.id}, another member {chosen.id}"
             )
 
-    def _check_majority(self, member: Member, entry: Entry) -> None:
+    def _check_majority(self, member: Watched, entry: Entry) -> None:
         """An entry is applied first when a majority of the voters, as `member` knows them, has it on disk (thesis 3.5,
         10.2.1)."""
-        membership = member.raft.membership if member.is_up else member.disk.journal().membership
+        membership = member.raft.membership if member.is_up else member.disk.membership
         copies = [name for name, other in self._members.items() if other.disk.holds(entry.id)]
         assert membership.is_majority(copies), (
             f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
         )
 
-    def _check_leader(self, member: Member) -> None:
+    def _check_leader(self, member: Watched) -> None:
         raft = member.raft
         if not raft.is_leader:
             return
@@ -169,7 +228,7 @@ class Invariants:
                     f"leader completeness: {member.name} leads term {raft.term} without {chosen.id}"
                 )
 
-    def _check_reads(self, member: Member) -> None:
+    def _check_reads(self, member: Watched) -> None:
         for token, shown in member.reads.answered.items():
             floor = self._read_floors.get(token)
             if floor is not None:

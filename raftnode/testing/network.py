@@ -101,6 +101,11 @@ class Disk:
         """The newest entry."""
         return Mark(self.entries[-1].id, self.entries[-1].checksum) if self.entries else Mark(GENESIS, 0)
 
+    @property
+    def membership(self) -> Membership:
+        """The members in force by this log."""
+        return self.journal().membership
+
     def holds(self, id: EntryId) -> bool:
         """True when the entry is in this log."""
         return 0 < id.commit_id <= len(self.entries) and self.entries[id.commit_id - 1].term == id.term
@@ -368,7 +373,7 @@ class Network:
         for target, frame, is_answer in member.turn(self.now, inputs):
             self._sent += 1
             envelope = Envelope(self._sent, name, target, frame, is_answer)
-            self.invariants.sent(member, envelope)
+            self.invariants.sent(member, target, envelope.message)
             self.in_flight.append(envelope)
             self.watch("sent", envelope)
         self.invariants.check(member)

@@ -1,0 +1,274 @@
+"""What goes wrong in a simulation, and when: each kind of fault is a method of `Faults`, with its weight in `KINDS`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Final
+
+from raftnode.testing.fabric import Fabric
+from raftnode.testing.network import CrashPoint
+from raftnode.testing.simulated import AMPLE, SimulatedNode, WriteFault
+from raftnode.testing.world import World
+
+KINDS: Final[dict[str, float]] = {
+    "crash": 1.0,
+    "crash_before_write": 3.0,
+    "crash_after_write": 3.0,
+    "crash_all": 0.3,
+    "stop": 0.5,
+    "write_fails": 0.5,
+    "pause": 2.0,
+    "cut": 2.0,
+    "cut_one_way": 2.0,
+    "isolate": 2.0,
+    "split": 1.0,
+    "reset_link": 1.0,
+    "slow_link": 1.0,
+    "slow_disk": 1.0,
+    "hung_disk": 0.5,
+    "full_disk": 0.5,
+    "clock_jump": 1.0,
+    "clock_rate": 0.5,
+    "wall_clock_jump": 0.5,
+}
+"""How often each kind happens, against the others."""
+
+
+class Faults:
+    """Lets faults of some kinds happen, one after the other, several at a time, until `end`."""
+
+    def __init__(
+        self,
+        world: World,
+        fabric: Fabric,
+        nodes: Mapping[str, SimulatedNode],
+        weights: Mapping[str, float],
+        pause: float,
+        span: float,
+    ) -> None:
+        """`weights`: by kind; a kind that is missing does not happen. `pause`: seconds between two faults, on average;
+        `span`: seconds that one lasts, on average."""
+        self.counts: Counter[str] = Counter()
+        self._world = world
+        self._fabric = fabric
+        self._nodes = nodes
+        self._weights = dict(weights)
+        self._pause = pause
+        self._span = span
+        self._chance = world.chance_for("faults")
+        self._has_ended = False
+
+    def begin(self) -> None:
+        """Plan the first."""
+        self._world.after(self._chance.expovariate(1 / self._pause), self._next)
+
+    def end(self) -> None:
+        """All is mended: everybody runs, hears everybody, and has a disk and a clock that work."""
+        self._has_ended = True
+        self._world.tell("--- all is mended")
+        self._fabric.heal_all()
+        for node in self._nodes.values():
+            node.slow_disk, node.room = 0.0, AMPLE
+            node.crash_at, node.write_fault = None, None
+            node.set_clock_rate(1.0)
+            if not node.is_up:
+                node.start()
+            elif node.is_paused:
+                node.resume()
+
+    def _next(self) -> None:
+        if self._has_ended:
+            return
+        kind = self._chance.choices(list(self._weights), list(self._weights.values()))[0]
+        self.counts[kind] += 1
+        self._world.mark(b"fault " + kind.encode())
+        self._world.tell(f"--- {kind}")
+        getattr(self, kind)()
+        self._world.after(self._chance.expovariate(1 / self._pause), self._next)
+
+    def _later(self, undo: Callable[[], object]) -> None:
+        """Undo a fault after its span, unless all has been mended by then."""
+
+        def act() -> None:
+            if not self._has_ended:
+                undo()
+
+        self._world.after(self._chance.expovariate(1 / self._span), act)
+
+    def _victim(self) -> SimulatedNode | None:
+        """A node that is up, every second time the leader of the highest term; None when all are down."""
+        up = [node for node in self._nodes.values() if node.is_up]
+        leaders = [node for node in up if node.raft.is_leader]
+        if leaders and self._chance.random() < 0.5:
+            return max(leaders, key=lambda node: node.raft.term)
+        return self._chance.choice(up) if up else None
+
+    def _start_later(self, node: SimulatedNode) -> None:
+        def start() -> None:
+            if not node.is_up:
+                node.start()
+                if not node.is_up:
+                    self._start_later(node)
+
+        self._later(start)
+
+    # --- processes ---
+
+    def crash(self) -> None:
+        """kill -9 between two turns."""
+        if node := self._victim():
+            node.crash()
+            self._start_later(node)
+
+    def crash_before_write(self) -> None:
+        """kill -9 in a turn, before its transaction: what may go out before it has gone out."""
+        self._crash_at(CrashPoint.BEFORE_WRITE)
+
+    def crash_after_write(self) -> None:
+        """kill -9 in a turn, after its transaction: nobody has been told."""
+        self._crash_at(CrashPoint.AFTER_WRITE)
+
+    def _crash_at(self, point: CrashPoint) -> None:
+        """The node dies at its next write; it is started again some time after that."""
+        node = self._victim()
+        if node is None:
+            return
+        node.crash_at = point
+
+        def look() -> None:
+            if not node.is_up:
+                self._start_later(node)
+            elif node.crash_at is not None and not self._has_ended:
+                self._world.after(self._span / 4, look)
+
+        look()
+
+    def crash_all(self) -> None:
+        """The power fails everywhere."""
+        for node in self._nodes.values():
+            if node.is_up:
+                node.crash()
+            self._start_later(node)
+
+    def stop(self) -> None:
+        """A clean stop."""
+        if node := self._victim():
+            node.stop()
+            self._start_later(node)
+
+    def write_fails(self) -> None:
+        """A transaction fails with an error; what is on disk then is one of two things, and the node can't know."""
+        if node := self._victim():
+            node.write_fault = self._chance.choice(list(WriteFault))
+
+            def look() -> None:
+                if not node.is_up:
+                    self._start_later(node)
+                elif node.write_fault is not None and not self._has_ended:
+                    self._world.after(self._span / 4, look)
+
+            look()
+
+    def pause(self) -> None:
+        """SIGSTOP, and SIGCONT later."""
+        node = self._victim()
+        if node and not node.is_paused:
+            node.pause()
+            self._later(lambda: node.resume() if node.is_up and node.is_paused else None)
+
+    # --- paths ---
+
+    def _cut(self, pairs: Sequence[tuple[str, str]]) -> None:
+        holds = self._chance.random() < 0.5
+        for source, target in pairs:
+            self._fabric.cut(source, target, holds)
+        self._world.tell(f"cut {' '.join(f'{a}->{b}' for a, b in pairs)}{', held' if holds else ''}")
+
+        def heal() -> None:
+            for source, target in pairs:
+                self._fabric.heal(source, target)
+            self._world.tell(f"healed {' '.join(f'{a}->{b}' for a, b in pairs)}")
+
+        self._later(heal)
+
+    def _pair(self) -> tuple[str, str] | None:
+        node = self._victim()
+        others = [name for name in self._nodes if node is not None and name != node.name]
+        return (node.name, self._chance.choice(others)) if node and others else None
+
+    def cut(self) -> None:
+        """Two members can't hear each other."""
+        if pair := self._pair():
+            self._cut([pair, pair[::-1]])
+
+    def cut_one_way(self) -> None:
+        """One member can't hear another one."""
+        if pair := self._pair():
+            self._cut([pair if self._chance.random() < 0.5 else pair[::-1]])
+
+    def isolate(self) -> None:
+        """One member hears nobody, or nobody hears it, or both."""
+        if node := self._victim():
+            others = [name for name in self._nodes if name != node.name]
+            out, back = self._chance.choice([(True, True), (True, False), (False, True)])
+            pairs = [(node.name, name) for name in others if out] + [(name, node.name) for name in others if back]
+            self._cut(pairs)
+
+    def split(self) -> None:
+        """The members fall into two halves."""
+        names = sorted(self._nodes)
+        self._chance.shuffle(names)
+        half = self._chance.randrange(1, len(names)) if len(names) > 1 else 0
+        here, there = names[:half], names[half:]
+        self._cut([(a, b) for a in here for b in there] + [(b, a) for a in here for b in there])
+
+    def reset_link(self) -> None:
+        """A connection breaks."""
+        if pair := self._pair():
+            self._nodes[pair[0]].transport.reset(pair[1])
+
+    def slow_link(self) -> None:
+        """A path becomes slow."""
+        if pair := self._pair():
+            path = self._fabric.path(*pair)
+            path.extra_delay = self._span * self._chance.random()
+            self._later(lambda: setattr(path, "extra_delay", 0.0))
+
+    # --- disks ---
+
+    def slow_disk(self) -> None:
+        """Every write takes a while."""
+        if node := self._victim():
+            node.slow_disk = self._span / 10 * self._chance.random()
+            self._later(lambda: setattr(node, "slow_disk", 0.0))
+
+    def hung_disk(self) -> None:
+        """Writes take longer than an election."""
+        if node := self._victim():
+            node.slow_disk = 2 * self._span
+            self._later(lambda: setattr(node, "slow_disk", 0.0))
+
+    def full_disk(self) -> None:
+        """There is no room, or just enough for a follower to go on."""
+        if node := self._victim():
+            node.room = self._chance.choice([0, node.settings.reserve_bytes * 3 // 4])
+            self._later(lambda: setattr(node, "room", AMPLE))
+
+    # --- clocks ---
+
+    def clock_jump(self) -> None:
+        """A node's monotonic clock jumps ahead."""
+        if node := self._victim():
+            node.jump(2 * self._span * self._chance.random())
+
+    def clock_rate(self) -> None:
+        """A node's clock runs too fast or too slow."""
+        if node := self._victim():
+            node.set_clock_rate(self._chance.uniform(0.7, 1.5))
+            self._later(lambda: node.set_clock_rate(1.0))
+
+    def wall_clock_jump(self) -> None:
+        """Somebody sets a node's wall clock, also back."""
+        if node := self._victim():
+            node.jump_wall(self._chance.uniform(-1e6, 1e6))

@@ -1,0 +1,437 @@
+"""One simulated node: the production election, requests, handshake, consensus and store, over LMDB files that survive
+its crashes, with a clock that can jump, a disk that can be slow, full or broken, and a death at any write.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import random
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import lmdb
+
+from raftnode import records
+from raftnode.config import Settings
+from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.journal import Mark
+from raftnode.consensus.membership import Membership
+from raftnode.consensus.raft import Raft
+from raftnode.election import Election
+from raftnode.errors import StoreFailed
+from raftnode.messages import GENESIS, DeleteCommand, Entry, EntryId, PutCommand, decode_command, store_key
+from raftnode.namespaces import Outcome
+from raftnode.store import Store
+from raftnode.testing.fabric import Fabric, SimulatedTransport, describe
+from raftnode.testing.invariants import Invariants
+from raftnode.testing.network import CrashPoint, Reads
+from raftnode.testing.world import World
+
+AMPLE: Final = 1 << 40
+"""Bytes of room on a disk that is not full."""
+FULL_CHECK_EVERY: Final = 40
+"""Every so many transactions everything on the disk is read and compared, not only what should have changed."""
+_SHORTEST: Final = 1e-6
+"""Seconds between two turns, at the least, as a real loop needs: else rounding could make time stand still."""
+
+
+class Crash(BaseException):
+    """The process dies here. Not an Exception: nothing in the product may catch it."""
+
+
+class WriteFault(enum.Enum):
+    """How a write transaction fails for good; the node must stop."""
+
+    LOST = "lost"
+    """The error is true: nothing is on disk."""
+    KEPT = "kept"
+    """The error is reported, but everything is on disk."""
+
+
+class Mirror:
+    """What is in a node's LMDB file, as last read from there, and what should be: the durable state for `Invariants`.
+
+    Invariants: `entries[n]` has commit_id `n + 1`; `state` is what the entries up to `commit_id` make, worked out here
+    and not by the product.
+    """
+
+    def __init__(self, founding: Membership) -> None:
+        self.ballot = Ballot()
+        self.entries: list[Entry] = []
+        self.commit_id = 0
+        self.membership = founding
+        self.state: dict[bytes, records.Record] = {}
+        self._comparisons = 0
+
+    @property
+    def last(self) -> Mark:
+        """The newest entry."""
+        return Mark(self.entries[-1].id, self.entries[-1].checksum) if self.entries else Mark(GENESIS, 0)
+
+    def holds(self, id: EntryId) -> bool:
+        """True when the entry is in this log."""
+        return 0 < id.commit_id <= len(self.entries) and self.entries[id.commit_id - 1].term == id.term
+
+    def read(self, txn: lmdb.Transaction, db: Callable[[bytes], Any], changed_from: int, name: str) -> None:
+        """After a transaction, take over what is on disk: the facts, and the log from `changed_from` on."""
+        meta = db(records.META)
+        self.ballot = _fact(txn, meta, b"ballot", Ballot) or Ballot()
+        commit_id: int = _fact(txn, meta, b"commit_id", int) or 0
+        del self.entries[changed_from - 1 :]
+        self.entries += _entries(txn, db(records.LOG), changed_from)
+        count = txn.stat(db(records.LOG))["entries"]
+        assert count == len(self.entries), f"the log on disk has no rests: {name} has {count}, not {len(self.entries)}"
+        assert commit_id <= len(self.entries), f"applied entries are on disk: {name} lacks {commit_id}"
+        changed = self._advance(commit_id)
+        self._comparisons += 1
+        if self._comparisons % FULL_CHECK_EVERY == 0:
+            self.compare(txn, db, name)
+        else:
+            self._compare_keys(txn, db(records.COMMITTED), changed, name)
+
+    def compare(self, txn: lmdb.Transaction, db: Callable[[bytes], Any], name: str) -> None:
+        """Everything on disk is what it should be: the log that was seen last, and the state that it makes."""
+        on_disk = list(_entries(txn, db(records.LOG), 1))
+        assert on_disk == self.entries, f"the log on disk is the one that was written: {name}"
+        keys = [bytes(key) for key in txn.cursor(db(records.COMMITTED)).iternext(values=False)]
+        assert keys == sorted(self.state), f"state equals log: {name} has the keys {keys}, not {sorted(self.state)}"
+        self._compare_keys(txn, db(records.COMMITTED), keys, name)
+
+    def _advance(self, commit_id: int) -> set[bytes]:
+        """Carry out the entries up to `commit_id`; returns the keys that they wrote."""
+        changed: set[bytes] = set()
+        for entry in self.entries[self.commit_id : commit_id]:
+            command = decode_command(entry.command)
+            if isinstance(command, PutCommand):
+                key = store_key(command.namespace, command.key)
+                before = self.state.get(key)
+                created, version = (before.created, before.version + 1) if before else (entry.commit_id, 1)
+                self.state[key] = records.Record(created, entry.commit_id, version, 0, command.value)
+            elif isinstance(command, DeleteCommand):
+                key = store_key(command.namespace, command.key)
+                self.state.pop(key, None)
+            else:
+                continue
+            changed.add(key)
+        self.commit_id = max(self.commit_id, commit_id)
+        return changed
+
+    def _compare_keys(self, txn: lmdb.Transaction, db: Any, keys: Iterable[bytes], name: str) -> None:
+        for key in sorted(keys):
+            stored = txn.get(key, db=db)
+            record = None if stored is None else records.unpack_record(key, bytes(stored))
+            assert record == self.state.get(key), (
+                f"state equals log: {name} has {record} under {key!r}, its log makes {self.state.get(key)}"
+            )
+
+
+def _fact(txn: lmdb.Transaction, meta: Any, name: bytes, kind: Any) -> Any:
+    stored = txn.get(name, db=meta)
+    return None if stored is None else records.unpack_meta(name, bytes(stored), kind)
+
+
+def _entries(txn: lmdb.Transaction, log: Any, first: int) -> Iterator[Entry]:
+    with txn.cursor(log) as cursor:
+        if cursor.set_range(records.log_key(first)):
+            for key, record in cursor:
+                yield records.unpack_entry(records.position_of(bytes(key)), bytes(record))
+
+
+class SimulatedStore(Store):
+    """The production store; each write transaction is an occasion for its node to die, or for its disk to fail."""
+
+    def __init__(self, node: SimulatedNode) -> None:
+        self._node = node
+        super().__init__("database", node.directory, settings=node.settings, new_id=node.new_id)
+
+    def write(self, ballot: Ballot | None = None) -> None:
+        """As `Store.write`, if the node lives that long."""
+        node = self._node
+        node.before_write()
+        unwritten = self.journal.unwritten()
+        changed_from = unwritten.cut_from or len(node.disk.entries) + 1
+        try:
+            super().write(ballot)
+        finally:
+            self._look(changed_from)
+        node.after_write()
+
+    def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
+        """The last step of a transaction, and so the place where it can fail."""
+        facts = super()._put_facts(txn)
+        fault, self._node.write_fault = self._node.write_fault, None
+        if fault is WriteFault.KEPT:
+            txn.commit()
+        if fault is not None:
+            raise lmdb.Error(f"simulated: Input/output error ({fault.value})")
+        return facts
+
+    def _look(self, changed_from: int) -> None:
+        """What is on disk now, past the product's own guard, which lets nobody read after a failure."""
+        env = self._env._env
+        assert env is not None, "the environment is open while it is written"
+        with env.begin() as txn:
+            self._node.disk.read(txn, self._env.db, changed_from, self._node.name)
+
+    def compare(self) -> None:
+        """Read everything on disk and compare it with what it should be."""
+        with self._env.read() as txn:
+            self._node.disk.compare(txn, self._env.db, self._node.name)
+
+    def apply(self, entries: Sequence[Entry]) -> list[Outcome]:
+        """As `Store.apply`; the simulation keeps count of what was applied."""
+        outcomes = super().apply(entries)
+        self._node.applied += entries
+        return outcomes
+
+    def room(self, now: float) -> int:  # noqa: ARG002 - the signature of a store
+        """What the simulation says."""
+        return self._node.room
+
+
+class SimulatedNode:
+    """One member: a directory that lasts, and a production `Election` that lives from a start to the next crash."""
+
+    def __init__(
+        self,
+        name: str,
+        members: Sequence[str],
+        directory: Path,
+        settings: Settings,
+        world: World,
+        fabric: Fabric,
+        turn_delay: float,
+    ) -> None:
+        """`turn_delay`: seconds that may pass, at the most, between what arrives and the turn that takes it."""
+        self.name = name
+        self.directory = directory / name.partition(":")[0]
+        self.settings = settings
+        self.world = world
+        self.fabric = fabric
+        self.new_id = f"{world.chance.getrandbits(64):016x}"
+        self.disk = Mirror(Membership.founding(members))
+        self.applied: list[Entry] = []
+        self.reads = Reads()
+        self.is_paused = False
+        self.crash_at: CrashPoint | None = None
+        self.write_fault: WriteFault | None = None
+        self.slow_disk = 0.0
+        """Seconds that each write takes, at the most."""
+        self.room = AMPLE
+        self.clock_rate = 1.0
+        self.starts = 0
+        self._members = [member for member in members if member != name]
+        self._invariants: Invariants | None = None
+        self._chance = world.chance_for(name)
+        self._turn_delay = turn_delay
+        self._clock_offset = 1000 * self._chance.random()
+        self._wall_offset = 1.8e9 + 10 * self._chance.random()
+        self._busy_until = 0.0
+        self._turn_planned = False
+        self._timers = itertools.count()
+        self._timer = 0
+        self._election: Election | None = None
+
+    # --- what others look at ---
+
+    @property
+    def is_up(self) -> bool:
+        """False between a crash and the restart."""
+        return self._election is not None
+
+    @property
+    def election(self) -> Election:
+        """The running driver."""
+        assert self._election is not None, f"{self.name} is down"
+        return self._election
+
+    @property
+    def raft(self) -> Raft:
+        """The running consensus."""
+        return self.election.raft
+
+    @property
+    def transport(self) -> SimulatedTransport:
+        """The running transport."""
+        transport = self.election.transport
+        assert isinstance(transport, SimulatedTransport), "a simulated node has a simulated transport"
+        return transport
+
+    @property
+    def store(self) -> SimulatedStore:
+        """The open store."""
+        store = self.election.store
+        assert isinstance(store, SimulatedStore), "a simulated node has a simulated store"
+        return store
+
+    def watch(self, invariants: Invariants) -> None:
+        """From now on `invariants` are checked after each turn."""
+        self._invariants = invariants
+
+    # --- time ---
+
+    @property
+    def local_now(self) -> float:
+        """Simulated time at this node: past `world.now` while its disk keeps it waiting."""
+        return max(self.world.now, self._busy_until)
+
+    def clock(self) -> float:
+        """This node's monotonic clock, in seconds."""
+        return self._clock_offset + self.clock_rate * self.local_now
+
+    def wall_clock(self) -> float:
+        """This node's wall clock, in seconds since 1970: nothing but the time in the entries may depend on it."""
+        return self._wall_offset + self.local_now
+
+    def set_clock_rate(self, rate: float) -> None:
+        """From now on the monotonic clock runs at this rate; it does not jump."""
+        self._clock_offset += (self.clock_rate - rate) * self.local_now
+        self.clock_rate = rate
+
+    def jump(self, seconds: float) -> None:
+        """The monotonic clock jumps ahead, as after a suspended machine."""
+        assert seconds > 0, "a monotonic clock never goes back"
+        self._clock_offset += seconds
+        self.want_turn()
+
+    def jump_wall(self, seconds: float) -> None:
+        """Somebody sets the wall clock."""
+        self._wall_offset += seconds
+
+    # --- turns ---
+
+    def want_turn(self) -> None:
+        """See that a turn follows soon, unless the node can't take one now."""
+        if not self._turn_planned and self.is_up and not self.is_paused:
+            self._turn_planned = True
+            self.world.at(self.local_now + self._turn_delay * self._chance.random(), self._planned_turn)
+
+    def _planned_turn(self) -> None:
+        self._turn_planned = False
+        if not self.is_up or self.is_paused:
+            return
+        if self.world.now < self._busy_until:
+            self.want_turn()
+            return
+        self.turn()
+
+    def turn(self) -> None:
+        """One turn of the production driver, and the checks after it."""
+        self.transport.begin_turn()
+        self._live(self._cycle)
+
+    def _cycle(self) -> None:
+        due = self.election.cycle()
+        self._timer = timer = next(self._timers)
+        seconds = max(_SHORTEST, (due - self.clock()) / self.clock_rate)
+
+        def fire() -> None:
+            if self._timer == timer:
+                self.want_turn()
+
+        self.world.at(self.local_now + seconds, fire)
+
+    def _live(self, act: Callable[[], object]) -> None:
+        """Do something that may end this node, and check what must hold after it."""
+        try:
+            act()
+        except Crash:
+            self.crash()
+        except StoreFailed as failure:
+            self.world.tell(f"{self.name} stops: {str(failure).partition('.')[0]}")
+            self.election.end()
+            self.transport.flush()
+            self.crash()
+        if self._invariants is not None:
+            self._invariants.check(self)
+
+    def sends(self, target: str, message: Any, frame: bytes) -> None:
+        """A message leaves this node."""
+        self.world.mark(b"%s>%s " % (self.name.encode(), target.encode()) + frame)
+        if self.world.is_told:
+            self.world.tell(f"{self.name} -> {target}: {describe(message)}")
+        if self._invariants is not None:
+            self._invariants.sent(self, target, message)
+
+    # --- the disk ---
+
+    def before_write(self) -> None:
+        """A write transaction is about to begin."""
+        if self.crash_at is CrashPoint.BEFORE_WRITE:
+            raise Crash
+        if self.slow_disk:
+            self._busy_until = self.local_now + self.slow_disk * self._chance.random()
+
+    def after_write(self) -> None:
+        """A write transaction has ended well."""
+        disk = self.disk
+        if self.world.is_told:
+            ballot = f"term {disk.ballot.term}, vote {disk.ballot.voted_for}"
+            self.world.tell(f"{self.name} disk: {ballot}, log up to {disk.last.id}, commit {disk.commit_id}")
+        if self.crash_at is CrashPoint.AFTER_WRITE:
+            raise Crash
+
+    # --- life and death ---
+
+    def start(self) -> None:
+        """Start from the directory alone."""
+        assert self._election is None, f"{self.name} is up already"
+        self.world.mark(b"start " + self.name.encode())
+        self.world.tell(f"{self.name} starts")
+        self.starts += 1
+        self.is_paused, self.crash_at, self.write_fault = False, None, None
+        self._turn_planned, self._timer = False, next(self._timers)
+        self._busy_until = 0.0
+        store = SimulatedStore(self)
+        store.compare()
+        self.applied = self.disk.entries[: self.disk.commit_id]
+        transport = SimulatedTransport(self, self.fabric)
+        transport.peers = self._members
+        chance = random.Random(self._chance.getrandbits(64))
+        self._election = Election(
+            transport, store, transport.queue, clock=self.clock, wall_clock=self.wall_clock, chance=chance
+        )
+        if self._invariants is not None:
+            self._invariants.restarted(self)
+        self._live(self._election.init_timeout)
+        if self.is_up:
+            self.transport.open_links()
+            self.want_turn()
+
+    def crash(self) -> None:
+        """kill -9."""
+        self.world.mark(b"crash " + self.name.encode())
+        self.world.tell(f"{self.name} dies")
+        self.transport.die()
+        self.store.close()
+        self._election, self.crash_at, self.write_fault = None, None, None
+        self.applied = self.disk.entries[: self.disk.commit_id]
+
+    def stop(self) -> None:
+        """A clean stop: what is under way is given up at once, as when the grace is over."""
+        self.world.tell(f"{self.name} is stopped")
+
+        def stop() -> None:
+            self.election.begin_stop()
+            self.election.cycle()
+            self.election.close()
+            self.transport.flush()
+
+        self.transport.begin_turn()
+        self._live(stop)
+        if self.is_up:
+            self.crash()
+
+    def pause(self) -> None:
+        """SIGSTOP."""
+        self.world.tell(f"{self.name} is paused")
+        self.is_paused = True
+
+    def resume(self) -> None:
+        """SIGCONT: what has arrived meanwhile is taken in one turn."""
+        self.world.tell(f"{self.name} goes on")
+        self.is_paused = False
+        self._timer = next(self._timers)
+        self.want_turn()

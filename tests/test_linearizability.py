@@ -241,6 +241,10 @@ BAD: dict[str, tuple[str, list[Operation]]] = {
         [put("a", 0, 1, 1, 1), delete(2, 3, 2, 1), put("b", 4, 5, 3, 2, 2)],
     ),
     "a put replaces what is written later": ("search order", [put("a", 0, 9, 1, 2, 2), put("b", 0, 9, 2, 1)]),
+    "a put replaces, as 7, a value that was read at 6": (
+        "search",
+        [maybe(put("a", 0, None)), get("a", 1, 2, 6), put("b", 3, 4, 9, 2, 7)],
+    ),
     "a put replaces a write that nobody made": ("search order", [put("a", 0, 1, 5, 2, 3)]),
     "two readers are told of two commit_ids of one put": (
         "search order",

@@ -351,6 +351,9 @@ class Election:
         is told to who asked, and does not end this node: nothing of what it does rests on this reading."""
         message, journal, settings = arrival.message, self.store.journal, self.settings
         assert isinstance(message, Entries)
+        if arrival.origin.is_full:
+            arrival.origin.defer(arrival)  # who does not take its answers waits for its turn
+            return
         first, last = message.first, min(message.last, self.raft.commit_id)
         if first < journal.first:
             arrival.refuse("bad_request", f"the log of this node begins at {journal.first}")

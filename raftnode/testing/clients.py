@@ -70,7 +70,7 @@ class SimulatedClient:
         """Begin operations for so long; `is_done` once the last of them has ended."""
         self._until = self._world.now + seconds
         self.is_done = False
-        self._world.after(self._pause(), self._begin)
+        self._begin_later()
 
     def ask(self, kind: Kind, key: str, node: str) -> Operation:
         """Do one operation now, at `node`; returns what becomes of it."""
@@ -176,11 +176,12 @@ class SimulatedClient:
         self._is_waiting = False
         self.is_done = self._world.now >= self._until
         if not self.is_done:
-            self._world.at(min(self._world.now + self._pause(), self._until), self._begin)
+            self._begin_later()
 
-    def _pause(self) -> float:
+    def _begin_later(self) -> None:
         """Clients come in bursts: mostly at once again, and then not for a while."""
-        return self._chance.expovariate(0.2 / self._think) if self._chance.random() < 0.2 else 0.0
+        pause = self._chance.expovariate(0.2 / self._think) if self._chance.random() < 0.2 else 0.0
+        self._world.at(min(self._world.now + pause, self._until), self._begin)
 
 
 def _known(number: int | UnsetType | None) -> int | None:

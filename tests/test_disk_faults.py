@@ -644,6 +644,34 @@ def test_damage_that_a_command_repairs(cluster: ClusterOfProcesses, book: Book, 
             cluster.await_caught_up(nodes=[node])
 
 
+def test_damage_in_the_middle_is_not_passed_on(cluster: ClusterOfProcesses, book: Book) -> None:
+    """Older entries are checked when they are read. A leader with one damaged in the middle starts and serves; when a
+    follower comes back that lacks this entry, the leader ends with status 3 rather than send it, names it, and says the
+    command. The other one, which has it, is elected, brings the follower up to date, and takes writes; and the command
+    repairs the old leader's directory from the two."""
+    leader = cluster.await_leader()
+    behind, third = cluster.others(leader)
+    behind.kill()
+    with load(cluster, book, "middle", largest=100) as writers:
+        writers.await_more(60, explain=cluster.describe)
+    leader.kill()
+    damaged = book.acknowledged["middle-30"][1]
+    flip_record(records.LOG, lambda cursor: cursor.set_key(records.log_key(damaged)), -3)(leader.volume)
+    leader.start()
+    make_lead(cluster, leader, "leader")
+    mark = leader.mark()
+    behind.start()
+    words = last_words(leader, mark)
+    assert f"log entry {damaged} in {leader.volume} is damaged" in words
+    assert cluster.await_leader() is third
+    with load(cluster, book, "middle-after"):
+        done = run(repair_command(words))
+        assert done.returncode == 0, done.stderr
+        assert f"repairing: entry {damaged}: from " in done.stdout
+        leader.start()
+        cluster.await_caught_up()
+
+
 @pytest.mark.parametrize(
     "kinds",
     [

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import itertools
 import json
+import os
 import random
 import shutil
 import sys
@@ -23,6 +24,7 @@ import msgspec
 import pytest
 from click.testing import CliRunner
 
+import raftnode
 from raftnode import records
 from raftnode.errors import error_for
 from raftnode.messages import PutCommand, chain, decode_command, encode_command
@@ -126,6 +128,53 @@ def test_nothing_is_lost_in_a_long_run(tmp_path: Path, nodes: int, seed: int) ->
     """The same for three minutes, with three nodes and with five."""
     findings, _ = do_run(tool.Options(nodes=nodes, seconds=180, seed=seed), tmp_path)
     assert findings.problems == []
+
+
+ANSWER_READS_UNCONFIRMED = """
+from raftnode.consensus.raft import Raft
+Raft.read = lambda self, token: self._confirmed_reads.append((self.commit_id, token))
+"""
+
+COMMIT_ALONE = """
+from raftnode.consensus.membership import Membership
+Membership.agreed = lambda self, reached: max(reached.values())
+"""
+
+CALL_FAILED_WHAT_IS_OPEN = """
+from raftnode.requests import Requests
+def give_up(self):
+    self._lead_term = 0
+    for arrival in self._waiting.values():
+        arrival.refuse("no_leader", "a lie")
+    self._waiting.clear()
+Requests._give_up_leading = give_up
+"""
+
+
+@pytest.mark.long
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("fault", "faults", "kinds"),
+    [
+        (ANSWER_READS_UNCONFIRMED, ("refuse-leader",), {"not_linearizable", "order_against_time"}),
+        (ANSWER_READS_UNCONFIRMED, ("outlive",), {"not_linearizable", "order_against_time"}),
+        (COMMIT_ALONE, ("isolate-leader", "kill-leader"), {"not_healed", "lost", "logs_differ"}),
+        (CALL_FAILED_WHAT_IS_OPEN, ("refuse-leader", "isolate-leader"), {"failed_but_done", "failed_put_read"}),
+    ],
+    ids=["reads without a round, links refused", "reads without a round, late", "commit alone", "open called failed"],
+)
+def test_a_faulty_node_is_found(tmp_path: Path, fault: str, faults: tuple[str, ...], kinds: set[str]) -> None:
+    """A run that finds nothing must be shown able to find something: nodes that break one rule are found out within
+    half a minute of the faults that are made for it. The rule is broken as each node starts, by a module that Python
+    imports before all others."""
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "sitecustomize.py").write_text(fault)
+    (tmp_path / "bundle").mkdir()
+    path = f"{broken}{os.pathsep}{Path(raftnode.__file__).resolve().parents[1]}"
+    options = tool.Options(nodes=3, seconds=30, seed=3, faults=faults, environment=(("PYTHONPATH", path),))
+    findings, _ = do_run(options, tmp_path / "bundle")
+    assert kinds & {problem.kind for problem in findings.problems}
 
 
 # --- the judge finds what is wrong ----------------------------------------------------------------------------

@@ -63,12 +63,14 @@ class Options(NamedTuple):
     keys: int = 8
     seed: int = 1
     faults: tuple[str, ...] = tuple(FAULTS)
+    environment: tuple[tuple[str, str], ...] = ()
+    """Settings of the nodes, besides their defaults."""
 
 
 def run(options: Options, bundle: Path, told: Progress = lambda _: None) -> None:
     """A whole run, which leaves its bundle in this directory. What goes wrong with the nodes is noted in the bundle;
     what is raised is a defect of this program, or NotReached when they did not even come up."""
-    with ClusterOfProcesses(options.nodes, bundle, proxied=True) as cluster:
+    with ClusterOfProcesses(options.nodes, bundle, dict(options.environment), proxied=True) as cluster:
         cluster.await_caught_up()
         arena = Arena(cluster)
         load = Load(cluster, options.clients, options.keys, options.seed)

@@ -331,6 +331,43 @@ def refuse(arena: Arena, chance: random.Random) -> Iterator[str]:
         yield f"between {a} and {b}"
 
 
+@contextmanager
+def refuse_leader(arena: Arena, chance: random.Random) -> Iterator[str]:  # noqa: ARG001
+    """Between the leader and all others every connection is reset, and each new one: they notice at once and elect
+    another, and it may believe for a while that it still leads."""
+    node = arena.leader()
+    with arena.roads(both_ways([node.address], arena.others(node))):
+        for other in arena.others(node):
+            arena.proxy.refuse(node.address, other)
+        yield node.name
+
+
+@contextmanager
+def outlive(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """The answers to the leader are late, and then it is not heard any more: another one leads already while the old
+    one still gets answers."""
+    node, delay_ms = arena.leader(), chance.choice((200.0, 500.0, 1000.0))
+    with arena.roads(both_ways([node.address], arena.others(node))):
+        for other in arena.others(node):
+            arena.proxy.slow(other, node.address, delay_ms)
+        time.sleep(2 * delay_ms / 1000)
+        for other in arena.others(node):
+            arena.proxy.cut_one_way(node.address, other)
+        yield f"{node.name}, answers {delay_ms:g} ms late"
+
+
+@contextmanager
+def wake_alone(arena: Arena, chance: random.Random) -> Iterator[str]:
+    """SIGSTOP of the leader; when it wakes up it is cut off from the others, and from what they have said meanwhile."""
+    node = arena.leader()
+    with arena.roads(both_ways([node.address], arena.others(node))), arena.hitting(node):
+        node.pause()
+        arena.proxy.isolate(node.address)
+        time.sleep(chance.uniform(0.3, 4.0))
+        node.resume()
+        yield node.name
+
+
 def _often_leader(arena: Arena, chance: random.Random) -> NodeProcess:
     return arena.leader() if chance.random() < 0.5 else arena.any_node(chance)
 
@@ -359,6 +396,9 @@ FAULTS: Final = {
     "cut-clients": Fault(cut_clients, 0.5, 3.0, 1),
     "reset": Fault(reset, 0.0, 0.0),
     "refuse": Fault(refuse, 0.5, 4.0, 1),
+    "refuse-leader": Fault(refuse_leader, 0.5, 4.0, 4),
+    "outlive": Fault(outlive, 1.0, 3.0, 3),
+    "wake-alone": Fault(wake_alone, 0.5, 3.0),
 }
 """Every fault that a run may do, with how long it lasts and how often it comes beside the others."""
 

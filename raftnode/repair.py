@@ -235,7 +235,8 @@ class _Log:
 
     Public facts: `first` and `last`, where it begins and ends by its count, as any single key may be damaged;
     `damaged`, the positions whose entry is certainly damaged or missing; `strays`, keys past the end; `mended`, what is
-    to be written, by position.
+    to be written, by position; `adopted`, from where on it is what a member has committed, without a proof that it was
+    here before (0: nowhere).
     """
 
     def __init__(self, env: Environment, txn: lmdb.Transaction, facts: Facts) -> None:
@@ -247,6 +248,7 @@ class _Log:
         self.damaged: set[int] = set()
         self.strays: list[bytes] = []
         self.mended: dict[int, Entry] = {}
+        self.adopted = 0
         self._txn = txn
         self._db = env.db(records.LOG)
 
@@ -322,15 +324,16 @@ def _follows(before: Mark, entry: Entry | None) -> bool:
 
 
 def _ballot_for(log: _Log) -> Ballot:
-    """The ballot with which this log can be had: entries of a higher term than the node has heard of raise it, as any
-    message of that term would. A whole log of a higher term than its own ballot is a ballot that was lost."""
+    """The ballot with which this log can be had: entries that were not this node's before, of a higher term than it has
+    heard of, raise it, as any message of that term would. Its own of a higher term tell that its ballot was lost."""
     ballot = log.facts.ballot
-    newest = log.before(log.last + 1).id
-    if newest.term > ballot.term:
-        if newest.commit_id not in log.mended:
-            raise StoreDamaged(f"entry {log.last} has term {newest.term}, but the ballot only {ballot.term}. {LOST}")
-        return ballot.in_term(newest.term)
-    return ballot
+    own, newest = log.before(log.adopted or log.last + 1).id, log.before(log.last + 1).id
+    if own.term > ballot.term:
+        raise StoreDamaged(
+            f"{log.path} can't be repaired: entry {own.commit_id} has term {own.term}, but the ballot only "
+            f"{ballot.term}. {LOST}"
+        )
+    return ballot.in_term(newest.term) if newest.term > ballot.term else ballot
 
 
 # --- mending the log ------------------------------------------------------------------------------------------
@@ -415,6 +418,7 @@ def _from_member(
     if conflict:
         raise Unproved(f"its entries do not lead to our entry {conflict}: one of the two histories is wrong")
     agreed = _agree(log, entries, [other for other in members if other is not member])
+    log.adopted = first
     return entries, f"from {', '.join([member.address, *agreed])}, where it is committed"
 
 

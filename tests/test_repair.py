@@ -761,14 +761,22 @@ def test_directories_that_are_not_for_repair(made: Made, level: Path, ahead: Pat
     refused(ahead, [], StoreTooNew)
 
 
-def test_a_membership_behind_the_log_is_not_guessed(made: Made, level: Path) -> None:
-    """A log of a higher term than the ballot: the ballot was lost, and with it a vote (TRAPS 1)."""
-    with raw(level) as env:
+@pytest.mark.parametrize("newest", ["whole", "damaged", "damaged and staged"])
+def test_a_ballot_behind_the_log_is_not_guessed(made: Made, level: Path, ahead: Path, newest: str) -> None:
+    """A log of a higher term than the ballot: the ballot was lost, and with it a vote (TRAPS 1). It is not raised to
+    fit, though it is where a member's entries of a higher term take the place of staged ones: here the term is that of
+    entries that were this node's own, also where its newest entry is repaired to be what it was."""
+    path = ahead if "staged" in newest else level
+    with raw(path) as env:
         meta = env.open_db(records.META, create=False)
         with env.begin(write=True) as txn:
             txn.put(b"ballot", records.pack_meta(b"ballot", Ballot(0, None)), db=meta)
-    why, _ = refused(level, made.members)
-    assert "the ballot only 0" in why
+    if newest != "whole":
+        damage(path, flip(-1, -2))
+        commit_until(made.cluster, last_of(path))
+        made.cluster.await_caught_up(last_of(path), made.cluster.others(made.patient))
+    why, _ = refused(path, made.members)
+    assert "but the ballot only 0" in why
 
 
 # --- any byte -------------------------------------------------------------------------------------------------

@@ -17,6 +17,8 @@ so its bytes and with them the rolling checksum are the same on every node.
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
 import re
 import struct
@@ -500,12 +502,27 @@ def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
 
 _decode_request: Callable[[bytes | memoryview], AnyRequest] = msgspec.json.Decoder(AnyRequest).decode
 _decode_answer: Callable[[bytes | memoryview], AnyAnswer] = msgspec.json.Decoder(AnyAnswer).decode
-_decode_any = msgspec.json.Decoder().decode
+_parse = msgspec.json.Decoder().decode
 _LONG_NUMBER = re.compile(rb"[0-9]{309}")
+
+
+def _decode_any(text: bytes | memoryview | str) -> Any:
+    """Any JSON as Python objects. Millions of them may be made here, none of them in a cycle: the collector, which
+    would look at each again and again, waits."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        return _parse(text)
+    finally:
+        if was_on:
+            gc.enable()
 
 
 class Malformed(ProtocolError):
     """A message that can't be taken, with what could be made out of it: so its answer finds its way."""
+
+    is_object = False
+    """True when it is a whole JSON object, though no message."""
 
     def __init__(self, code: str, message: str, kind: str = "error", id: Id = UNSET) -> None:
         super().__init__(code, message)
@@ -556,6 +573,12 @@ def _diagnose(frame: bytes | memoryview, error: Exception) -> Malformed:
     except Malformed as malformed:
         malformed.id = id
         raise
+    why = _why_no_message(found, error, id)
+    why.is_object = True
+    return why
+
+
+def _why_no_message(found: dict[str, Any], error: Exception, id: Id) -> Malformed:
     kind = found.get("type")
     if kind is None:
         return Malformed("bad_request", 'the message has no "type"', id=id)
@@ -624,8 +647,8 @@ def check_value(value: Raw, settings: Settings) -> None:
         return
     if text[:1] != b'"' and _LONG_NUMBER.search(text):
         _check_numbers(_decode_any(value))
-    if text.count(b"[") + text.count(b"{") > settings.json_depth:
-        _check_depth(_decode_any(value), settings.json_depth)
+    if text.count(b"[") + text.count(b"{") > settings.json_depth and _depth(text) > settings.json_depth:
+        raise ProtocolError("bad_request", f"value: nested deeper than {settings.json_depth} levels")
 
 
 def _check_numbers(value: object) -> None:
@@ -646,18 +669,16 @@ def _walk(value: object) -> list[object]:
     return parts
 
 
-def _check_depth(value: object, limit: int) -> None:
-    level, depth = [value], 0
-    while level := [child for part in level for child in _children(part)]:
-        depth += 1
-        if depth >= limit:
-            raise ProtocolError("bad_request", f"value: nested deeper than {limit} levels")
+_STRINGS = re.compile(rb'(?:"(?:[^"\\]++|\\.)*+"[,:\s]*+)++', re.DOTALL)
+_NO_BRACKETS: Final = bytes(byte for byte in range(256) if byte not in b"[]{}")
+_STEPS: Final = bytes.maketrans(b"[{]}", b"\x01\x01\xff\xff")
+"""Each bracket as what it adds to the depth, in a signed byte."""
 
 
-def _children(value: object) -> list[object]:
-    if isinstance(value, dict):
-        return [v for v in value.values() if isinstance(v, dict | list)]
-    return [v for v in value if isinstance(v, dict | list)] if isinstance(value, list) else []
+def _depth(text: bytes) -> int:
+    """How deep valid JSON is nested. Counted on the brackets alone, as a value may have millions of parts."""
+    steps = _STRINGS.sub(b"", text).translate(_STEPS, _NO_BRACKETS)
+    return max(itertools.accumulate(memoryview(steps).cast("b")), default=0)
 
 
 def store_key(namespace: str, key: str) -> bytes:

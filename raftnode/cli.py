@@ -38,7 +38,7 @@ from raftnode.repair import repair as repair_directory
 from raftnode.store import STORE_TYPES
 from raftnode.version import __version__
 
-_OTHER_FILES = 128
+_OTHER_FILES = 256
 """Open files that are no client's: the store, the log, links to members, surplus connections."""
 
 _STATUSES: tuple[tuple[type[RaftnodeError], int], ...] = (

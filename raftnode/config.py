@@ -81,6 +81,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Requests of one connection that are not answered yet; past that the node stops reading from it."""
     in_flight_bytes: int = 256 * MIB
     """Size of all requests that are not answered yet; past that: `overloaded`."""
+    client_bytes: int = 512 * MIB
+    """What all clients together may keep at the node besides requests under way: messages that are not whole yet, and
+    answers that were not taken. Past that the one that keeps most has its message refused, or is cut off."""
     send_buffer_bytes: int = 1 * MIB
     """Answers that a client has not taken yet; past that the node stops reading from it."""
     idle_timeout_ms: int = 3_600_000

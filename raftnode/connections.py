@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, cast
 from msgspec import UNSET
 
 from raftnode.errors import ProtocolError
-from raftnode.framing import Frame, Framer, TooLong, next_part
+from raftnode.framing import Frame, Framer, Parting, TooLong
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply
 from raftnode.messages import (
     Answer,
@@ -26,6 +26,8 @@ from raftnode.messages import (
     Id,
     Malformed,
     PeerRequest,
+    Put,
+    check_value,
     decode_answer,
     decode_request,
     encode,
@@ -34,6 +36,10 @@ from raftnode.messages import (
 
 _MOST_AT_ONCE: Final = 1024
 """Frames of one connection that are decoded before others have their turn."""
+_BAD_COUNTS: Final = 8
+"""A frame that is no request costs about as much as so many that are: it is looked at again to say why."""
+_FRAME_BYTES: Final = 48
+"""What a frame that waits takes besides its text."""
 
 if TYPE_CHECKING:
     from raftnode.transport import Transport
@@ -66,6 +72,7 @@ class Wire(asyncio.Protocol):
         self._out.append(line)
         self._out_bytes += len(line)
         self.owner.unflushed.add(self)
+        self.owner.unflushed_bytes += len(line)
 
     def flush(self) -> None:
         """Write the batch."""
@@ -101,10 +108,11 @@ class _Refused:
 
 @dataclass(slots=True)
 class _Line:
-    """What is left of a line that holds several messages."""
+    """What is left of a line that is not one message."""
 
-    line: bytes
-    start: int
+    parting: Parting
+    refusal: _Refused | None
+    """The answer to the whole line, until it is known whether it has several parts."""
 
 
 class Connection(Wire):
@@ -128,8 +136,11 @@ class Connection(Wire):
         `stall_timeout_ms`."""
         self.is_surplus = False
         """Over the limit: only a member may stay."""
+        self.held = 0
+        """Bytes that this connection keeps at the node, besides requests under way, when it was looked at last."""
         self._backlog: deque[Frame | _Line | Arrival | _Refused] = deque()
-        self._pump_due = False
+        self._backlog_bytes = 0  # what has come into the backlog since it was empty
+        self._unread = b""  # came when there was no time to look at it
         self._under_way = 0
         self._in_order = False  # a request without id is under way
         self._is_paused = False
@@ -146,18 +157,38 @@ class Connection(Wire):
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
             return  # a stranger that was refused goes on talking
+        if self._has_time:
+            self._take(data)
+            self._pump()
+        else:
+            self._unread += data
+            self._pump_soon()
+            self._read_on(False)
+
+    def _take(self, data: bytes) -> None:
         frames = self.framer.feed(data)
         if frames:
             self.last_frame_at = self.owner.now()
             self._backlog.extend(frames)
+            self._backlog_bytes += len(data) + _FRAME_BYTES * len(frames)
         if not self.framer.is_mid_message:
             self.begun_at = None
         elif frames or self.begun_at is None:
             self.begun_at = self.owner.now()
-        self._pump()
+
+    @property
+    def _has_time(self) -> bool:
+        """What members say does not wait for its turn behind clients; their windows bound it."""
+        return self.peer is not None or self.owner.has_time()
+
+    def _take_unread(self) -> None:
+        data, self._unread = self._unread, b""
+        if data and not self._is_closing:
+            self._take(data)
 
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
+        self._take_unread()
         self._backlog.extend(self.framer.at_end())
         self._is_closing = True
         self.begun_at = None
@@ -168,6 +199,7 @@ class Connection(Wire):
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - how it ended makes no difference
         self.is_open = False
         self._backlog.clear()
+        self._unread = b""
         self.owner.forget_connection(self)
 
     # --- in ---
@@ -175,15 +207,18 @@ class Connection(Wire):
     def _pump(self) -> None:
         """From the backlog to the mailbox, as far as order and limits let. While some must wait, nothing is read.
 
-        Frames are decoded only here, and only so many at a time, so that no client takes the loop for itself.
+        Frames are decoded only here, and only so many at a time and while there is time, so that no client takes the
+        loop for itself.
         """
         ready: list[Arrival] = []
         limit, decoded = self.owner.settings.pipeline_requests, 0
-        while self._backlog and not self.is_full and self._under_way < limit and decoded < _MOST_AT_ONCE:
+        while self._backlog and not self.is_full and self._under_way < limit:
             item = self._backlog[0]
             if not isinstance(item, Arrival | _Refused):
-                decoded += 1
-                self._open(self._backlog.popleft())
+                if decoded >= _MOST_AT_ONCE or not self._has_time:
+                    self._pump_soon()
+                    break
+                decoded += self._open(self._backlog.popleft())
                 continue
             if self._in_order and item.id is UNSET:
                 break
@@ -195,54 +230,71 @@ class Connection(Wire):
                 ready.append(item)
             else:
                 self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
-        self.owner.deliver(ready, limited=self.peer is None)
-        if decoded == _MOST_AT_ONCE:
+        if self._backlog and self.owner.is_full:
             self._pump_soon()
-        self._read_on(not self._backlog)
+        self.owner.deliver(ready, limited=self.peer is None)
+        self._read_on(not self._backlog and not self._unread)
+        self._note_held()
 
     def _may_not_be_refused(self, arrival: Arrival) -> bool:
-        """What members say of the consensus is bounded by their windows, and a hello is short. If they could be refused,
-        the clients of a busy node could end the rule of a leader, or keep a member out."""
+        """What members say of the consensus is bounded by their windows, and a hello is short. If they could be
+        refused, the clients of a busy node could end the rule of a leader, or keep a member out."""
         is_members = self.peer is not None and not isinstance(arrival.message, ClientRequest)
         return is_members or isinstance(arrival.message, Hello)
 
     def _pump_soon(self) -> None:
         """Go on when others have had their turn."""
-        if not self._pump_due:
-            self._pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump_on)
+        self.owner.go_on_later(self)
 
-    def _pump_on(self) -> None:
-        self._pump_due = False
-        self._pump()
+    def go_on(self) -> None:
+        """Others have had their turn."""
+        if self.is_open:
+            self._take_unread()
+            self._pump()
 
-    def _open(self, item: Frame | _Line | Arrival | _Refused) -> None:
-        """Put what a frame holds at the front of the backlog: a request, a refusal, or the first of several."""
+    def _open(self, item: Frame | _Line | Arrival | _Refused) -> int:
+        """Put what a frame holds at the front of the backlog: a request, a refusal, or the first of several. Returns
+        what that has cost, in frames."""
         if isinstance(item, TooLong):
             why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"
             self._backlog.appendleft(_Refused(failure("error", "too_large", why)))
-        elif isinstance(item, _Line):
-            part, rest = next_part(item.line, item.start)
-            if rest < len(item.line):
-                self._backlog.appendleft(_Line(item.line, rest))
-            self._decode(part, is_part=True)
-        else:
-            assert isinstance(item, bytes)
-            self._decode(item, is_part=self.framer.lines_only)
+            return 1
+        if isinstance(item, _Line):
+            return self._part(item)
+        assert isinstance(item, bytes)
+        return self._decode(item, is_part=self.framer.lines_only)
 
-    def _decode(self, frame: bytes, is_part: bool) -> None:
+    def _part(self, item: _Line) -> int:
+        part = item.parting.next()
+        if part is None:
+            self._backlog.appendleft(item)  # go on when others have had their turn
+            return _MOST_AT_ONCE
+        if item.refusal is not None and item.parting.is_over:
+            self._backlog.appendleft(item.refusal)
+            return _BAD_COUNTS
+        item.refusal = None
+        if not item.parting.is_over:
+            self._backlog.appendleft(item)
+        return self._decode(part, is_part=True)
+
+    def _decode(self, frame: bytes, is_part: bool) -> int:
         try:
             message = decode_request(frame)
+            if isinstance(message, Put):
+                check_value(message.value, self.owner.settings)
         except Malformed as error:
-            if not is_part and next_part(frame, 0)[1] < len(frame):
-                self._backlog.appendleft(_Line(frame, 0))
-            else:
-                self._backlog.appendleft(_Refused(error.answer()))
-            return
+            refusal = _Refused(error.answer())
+            may_be_several = not is_part and not error.is_object
+            self._backlog.appendleft(_Line(Parting(frame), refusal) if may_be_several else refusal)
+            return _BAD_COUNTS
+        except ProtocolError as error:
+            self._backlog.appendleft(_Refused(failure(message.name, error.code, str(error), message.id)))
+            return _BAD_COUNTS
         if self.is_surplus and not isinstance(message, Hello):
             self.refuse_surplus()
         else:
-            self._backlog.appendleft(Arrival(message, self, len(frame)))
+            self._backlog.appendleft(Arrival(message, self, len(frame), is_checked=True))
+        return 1
 
     def _begin(self, arrival: Arrival) -> None:
         self._under_way += 1
@@ -267,16 +319,46 @@ class Connection(Wire):
             self.transport.pause_reading()
             self.begun_at = None  # the time that this node takes does not count
 
+    # --- what it keeps here ---
+
+    def _note_held(self) -> None:
+        """Tell the owner what this connection keeps at the node, besides requests under way."""
+        if not self._backlog:
+            self._backlog_bytes = 0
+        held = len(self.framer.pending) + self._backlog_bytes + len(self._unread)
+        if self.is_open:
+            held += self._out_bytes + self.transport.get_write_buffer_size()
+        if held != self.held:
+            self.owner.note_held(self, held)
+
+    def let_go(self) -> None:
+        """Others need the memory. A message that is not whole is refused; who keeps more than that is cut off."""
+        begun = len(self.framer.pending)
+        if 2 * begun > self.held and self.is_open:
+            self.framer.pass_over()
+            self.begun_at = None
+            why = "too much waits at this node; the rest of this line is dropped"
+            self._backlog.append(_Refused(failure("error", "overloaded", why)))
+            self._pump_soon()
+            self.owner.note_held(self, self.held - begun)
+        else:
+            self._is_closing = True
+            self.cut()
+            self.owner.note_held(self, 0)
+
     # --- out ---
 
     @property
     def is_full(self) -> bool:
-        return not self.writable or self._out_bytes > self.owner.settings.send_buffer_bytes
+        """True also when nobody is there any more: reading values for them would be in vain, and many may wait."""
+        if not self.is_open or not self.writable:
+            return True
+        return self._out_bytes > self.owner.settings.send_buffer_bytes or self.owner.is_full
 
     @property
     def is_idle(self) -> bool:
         """True when nothing is under way and nothing half received."""
-        return self._under_way == 0 and not self._backlog and not self.framer.is_mid_message
+        return self._under_way == 0 and not self._backlog and not self._unread and not self.framer.is_mid_message
 
     def answer(self, arrival: Arrival, answer: Answer) -> None:
         self._finish(arrival)
@@ -288,6 +370,7 @@ class Connection(Wire):
         self._finish(arrival)
         if self.is_open:
             self._backlog.appendleft(arrival)
+            self._pump_soon()
 
     def _send_soon(self, answer: Answer) -> None:
         """Send what no turn of the driver is going to flush."""
@@ -299,10 +382,12 @@ class Connection(Wire):
         if self._backlog:
             self._pump_soon()
         self._close_when_done()
+        self._note_held()
 
     def resume_writing(self) -> None:
         super().resume_writing()
         self._pump_soon()
+        self._note_held()
 
     def _close_when_done(self) -> None:
         has_answered = self._under_way == 0 and not self._backlog and not self._out

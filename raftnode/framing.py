@@ -1,8 +1,8 @@
 """Where one message ends and the next begins. Bytes in, frames out; no socket. Layer 1, pure.
 
 A newline ends a message. For one-shot clients a whole object is also taken when no newline has come yet. So that the
-same bytes mean the same messages however the network cuts them, a line may hold several objects: `next_part` parts
-them, and whoever gets a line that is not one message calls it.
+same bytes mean the same messages however the network cuts them, a line may hold several objects: `Parting` parts them,
+and whoever gets a line that is not one message uses it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ from typing import Final
 
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 _BLANKS = re.compile(rb"\s*+")
-_OUTSIDE = re.compile(rb'[^"{}]*+')
+_STRING = rb'"(?:[^"\\]++|\\.)*+"'
+_FLAT = rb"\{(?:[^\"{}]++|%b)*+\}" % _STRING
+_SHALLOW = rb"\{(?:[^\"{}]++|%b|%b)*+\}" % (_STRING, _FLAT)
+_OUTSIDE = re.compile(rb"(?:[^\"{}]++|%b|%b)*+" % (_STRING, _SHALLOW), re.DOTALL)
+"""All of an object that need not be looked at one by one: text, whole strings, and objects of at most two levels."""
+_OPENING, _CLOSING = re.compile(rb"\{++"), re.compile(rb"\}++")
 _QUOTE, _OPEN = b'"{'
+_LOOK_AHEAD: Final = 1 << 18
+"""A message longer than this is looked at while it comes, so that its end finds little left to do."""
+_ALL: Final = 1 << 62
+_STEPS: Final = 50_000
+"""How far a line is parted at a time: some ten milliseconds."""
 
 
 class TooLong:
@@ -27,57 +37,83 @@ Frame = bytes | TooLong
 class _Scanner:
     """Finds the end of the object that begins at a position. It goes on where it stopped, so each byte is read once."""
 
-    __slots__ = ("_at", "_depth", "_in_string")
+    __slots__ = ("_at", "_depth", "_in_string", "_steps")
 
-    def __init__(self, start: int) -> None:
+    def __init__(self, start: int, steps: int = _ALL) -> None:
+        """`steps`: so far it looks in one call of `end`."""
         self._at = start
         self._depth = 0
         self._in_string = False
+        self._steps = steps
 
     def end(self, buffer: bytes | bytearray) -> int | None:
-        """Position after the object's closing brace; None while it is not there."""
-        while self._at < len(buffer):
-            pattern = _IN_STRING if self._in_string else _OUTSIDE
-            found = pattern.match(buffer, self._at)
-            assert found is not None, "both patterns match the empty string"
-            self._at = found.end()
-            if self._at == len(buffer):
-                return None
+        """Position after the object's closing brace; None while it was not reached."""
+        steps = self._steps
+        while self._at < len(buffer) and steps:
+            steps -= 1
+            if self._depth:
+                pattern = _IN_STRING if self._in_string else _OUTSIDE
+                found = pattern.match(buffer, self._at)
+                assert found is not None, "both patterns match the empty string"
+                self._at = found.end()
+                if self._at == len(buffer):
+                    return None
             byte = buffer[self._at]
-            if self._in_string and byte != _QUOTE:
-                return None  # a backslash is the last byte: what it escapes has not come yet
-            self._at += 1
             if byte == _QUOTE:
                 self._in_string = not self._in_string
-            else:
-                self._depth += 1 if byte == _OPEN else -1
-                if self._depth == 0:
-                    return self._at
+                self._at += 1
+            elif self._in_string:
+                return None  # a backslash is the last byte: what it escapes has not come yet
+            elif self._count_braces(buffer, byte):
+                return self._at
         return None
+
+    def _count_braces(self, buffer: bytes | bytearray, byte: int) -> bool:
+        """Step over the braces here; True when the last one ends the object."""
+        braces = (_OPENING if byte == _OPEN else _CLOSING).match(buffer, self._at)
+        assert braces is not None, "what is neither text nor a string here is a brace"
+        count = braces.end() - self._at
+        if byte != _OPEN:
+            count = min(count, self._depth)
+        self._at += count
+        self._depth += count if byte == _OPEN else -count
+        return self._depth == 0
+
+    def is_through(self, buffer: bytes | bytearray) -> bool:
+        """True when no more can be found in this buffer."""
+        return self._at >= len(buffer) - self._in_string
 
     def move(self, by: int) -> None:
         """So many bytes were taken from the front of the buffer."""
         self._at -= by
 
 
-def next_part(line: bytes, start: int) -> tuple[bytes, int]:
-    """The message at `start` of a line that is not one message: the object that begins there, or all that is left. With
-    it, where the next begins: the length of the line when there is none."""
-    start = _after_blanks(line, start)
-    end = _Scanner(start).end(line) if line[start : start + 1] == b"{" else None
-    if end is None:
-        return line[start:].rstrip(), len(line)
-    return line[start:end], _after_blanks(line, end)
+class Parting:
+    """A line that is not one message, and how far it has been parted: into the objects that it begins with, and all
+    that is left. In bounded steps, as a line may be long."""
 
+    def __init__(self, line: bytes) -> None:
+        self._line = line
+        self._start = _after_blanks(line, 0)
+        self._scanner = _Scanner(self._start, _STEPS)
 
-def _take_objects(line: bytes) -> tuple[list[bytes], int]:
-    """The whole objects at the beginning of a line, and where what follows them begins, after blanks."""
-    parts = []
-    start = _after_blanks(line, 0)
-    while line[start : start + 1] == b"{" and (end := _Scanner(start).end(line)) is not None:
-        parts.append(line[start:end])
-        start = _after_blanks(line, end)
-    return parts, start
+    @property
+    def is_over(self) -> bool:
+        """True when there is no further part."""
+        return self._start == len(self._line)
+
+    def next(self) -> bytes | None:
+        """The next part; None when more has to be looked at first: ask again."""
+        line, start = self._line, self._start
+        end = self._scanner.end(line) if line[start : start + 1] == b"{" else None
+        if end is not None:
+            self._start = _after_blanks(line, end)
+            self._scanner = _Scanner(self._start, _STEPS)
+            return line[start:end]
+        if line[start : start + 1] == b"{" and not self._scanner.is_through(line):
+            return None
+        self._start = len(line)
+        return line[start:].rstrip()
 
 
 def _after_blanks(buffer: bytes | bytearray, start: int) -> int:
@@ -109,7 +145,7 @@ class Framer:
             self._end_line(line, frames)
         if rest and not self._skipping:
             self.pending += rest
-            if not self.lines_only and rest.rstrip().endswith(b"}"):
+            if not self.lines_only and (len(self.pending) > _LOOK_AHEAD or rest.rstrip().endswith(b"}")):
                 self._take_bare(frames)
             self._check_pending(frames)
         return frames
@@ -118,6 +154,11 @@ class Framer:
     def is_mid_message(self) -> bool:
         """True while a message has begun and not ended."""
         return bool(self.pending) or self._skipping
+
+    def pass_over(self) -> None:
+        """Drop the message that is not whole, and the rest of its line."""
+        self._skipping = True
+        self._clear()
 
     def at_end(self) -> list[Frame]:
         """The stream has ended: what is left is a frame too, however broken."""
@@ -129,27 +170,18 @@ class Framer:
         if self._skipping:
             self._skipping = False
             return
+        if len(self.pending) + len(line) > self.limit and not self.lines_only:
+            self.pending += line
+            self._take_bare(frames)  # a line over the limit may begin with messages that are not
+            self._skipping = False
+            line = b""
         if self.pending:
             line = bytes(self.pending) + line
             self._clear()
         if len(line) > self.limit:
-            self._end_long_line(line, frames)
+            frames.append(TOO_LONG)
         elif line and not line.isspace():
             frames.append(line)
-
-    def _end_long_line(self, line: bytes, frames: list[Frame]) -> None:
-        """A line over the limit may begin with messages that are not; after the first that is, nothing is taken."""
-        parts, start = _take_objects(line)
-        rest = line[start:]
-        for part in parts:
-            if len(part) > self.limit:
-                frames.append(TOO_LONG)
-                return
-            frames.append(part)
-        if len(rest) > self.limit:
-            frames.append(TOO_LONG)
-        elif rest and not rest.isspace():
-            frames.append(rest)
 
     def _take_bare(self, frames: list[Frame]) -> None:
         """Take the whole objects that `pending` begins with, and the blanks in front."""
@@ -181,8 +213,7 @@ class Framer:
 
     def _skip(self, frames: list[Frame]) -> None:
         frames.append(TOO_LONG)
-        self._skipping = True
-        self._clear()
+        self.pass_over()
 
     def _clear(self) -> None:
         self.pending = bytearray()

@@ -64,6 +64,8 @@ class Arrival:
     deadline: float = 0.0
     """Monotonic seconds; set by the election when it takes the request."""
     done: bool = False
+    is_checked: bool = False
+    """Its value has been looked at: see `messages.check_value`."""
 
     @property
     def id(self) -> Id:

@@ -110,8 +110,9 @@ class Requests:
         assert isinstance(message, Put | Delete | Get)
         try:
             store_key(message.namespace, message.key)
-            if isinstance(message, Put):
+            if isinstance(message, Put) and not arrival.is_checked:
                 check_value(message.value, self._settings)
+                arrival.is_checked = True
         except ProtocolError as error:
             arrival.refuse(error.code, str(error))
             return

@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import signal
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -32,6 +33,10 @@ from raftnode.messages import ClientRequest, Hello, PeerRequest, Reminder, decod
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
+_ACCEPTED_AT_ONCE = 16
+"""Each is an open file until it is seen that there are too many, so they are taken a few at a time."""
+_WAITING_TO_BE_ACCEPTED = 1024
+"""Meanwhile the kernel keeps so many."""
 _SURPLUS = 64
 """Connections over the limit that may stay until it is seen whether they are members'."""
 
@@ -76,8 +81,12 @@ class Transport:
         self.settings = Settings()
         self.log = logging.getLogger("raftnode.transport")
         self.unflushed: set[Wire] = set()
+        self.unflushed_bytes = 0
+        """Size of what has collected and was not written yet."""
         self.in_flight_bytes = 0
         """Size of the requests that are not answered yet."""
+        self.client_bytes = 0
+        """What clients keep here besides those."""
         self.now = time.monotonic
         self.reminder_for: Callable[[str], Reminder | UnsetType] = lambda _peer: UNSET
         """What our hello reminds a member of; the handshake knows."""
@@ -92,6 +101,9 @@ class Transport:
         self._callers: dict[str, Caller] = {}
         self._turn_due = False
         self._flush_due = False
+        self._round_began: float | None = None
+        self._later: dict[Connection, None] = {}  # a set that keeps its order
+        self._let_go = 0
         self._timer: asyncio.TimerHandle | None = None
         self._stopped: asyncio.Event | None = None
         self._failure: BaseException | None = None
@@ -167,15 +179,19 @@ class Transport:
         host, port = parse_address(self.listen)
         assert self._loop is not None
         try:
-            return await self._loop.create_server(
-                lambda: Connection(self), host, port, backlog=1024, reuse_address=True
+            server = await self._loop.create_server(
+                lambda: Connection(self), host, port, backlog=_ACCEPTED_AT_ONCE, reuse_address=True
             )
+            for listening in server.sockets:
+                with socket.socket(fileno=os.dup(listening.fileno())) as same:
+                    same.listen(_WAITING_TO_BE_ACCEPTED)
         except OSError as error:
             why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
             raise ConfigError(
                 f"can't listen on {self.listen}: {why}. Is another node running there, or is it not an address of this "
                 "machine?"
             ) from error
+        return server
 
     def _catch_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -293,8 +309,30 @@ class Transport:
     def flush(self) -> None:
         """Write every batch that has collected."""
         self._flush_due = False
+        self.unflushed_bytes = 0
         while self.unflushed:
             self.unflushed.pop().flush()
+
+    def has_time(self) -> bool:
+        """False once half a heartbeat has gone into what clients sent since the loop came round last. The rest is for
+        the next time, so that turns come between, whatever clients send."""
+        if self._round_began is None:
+            self._round_began = self.now()
+            asyncio.get_running_loop().call_soon(self._come_round)
+        return self.now() - self._round_began < self.settings.heartbeat_ms / 2000
+
+    def go_on_later(self, connection: Connection) -> None:
+        """Let a connection go on when the loop comes round; first come, first served."""
+        self.has_time()
+        self._later[connection] = None
+
+    def _come_round(self) -> None:
+        self._round_began = None
+        for connection in list(self._later):
+            if not self.has_time():
+                break
+            del self._later[connection]
+            connection.go_on()
 
     async def _sweep(self) -> None:
         """Once a second: end connections that stall, are idle for too long, or links that nobody answers on."""
@@ -306,6 +344,9 @@ class Transport:
                     connection.refuse_surplus()
                 elif self._is_overdue(connection, now):
                     connection.cut()
+            if self._let_go:
+                self.log.warning("clients_let_go", extra={"times": self._let_go, "limit": self.settings.client_bytes})
+                self._let_go = 0
             for link in list(self.links.values()):
                 oldest = link.oldest_wait()
                 if oldest is not None and now - oldest > self.settings.stall_timeout_ms / 1000:
@@ -336,9 +377,31 @@ class Transport:
         """True when a request of so many bytes may be taken, beside those that are under way."""
         return self.in_flight_bytes + size <= self.settings.in_flight_bytes
 
+    @property
+    def is_full(self) -> bool:
+        """True when more large answers must wait until those that have collected are written."""
+        return self.unflushed_bytes > self.settings.client_bytes // 8
+
+    def note_held(self, connection: Connection, held: int) -> None:
+        """A connection keeps so many bytes here now."""
+        self.client_bytes += held - connection.held
+        connection.held = held
+        if self.client_bytes > self.settings.client_bytes:
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Clients keep too much here: let go of whoever keeps most, until it is not too much any more."""
+        limit = self.settings.client_bytes
+        clients = sorted((c for c in self._connections if c.peer is None), key=lambda c: c.held)
+        while clients and self.client_bytes > limit:
+            self._let_go += 1
+            clients.pop().let_go()
+
     def forget_connection(self, connection: Connection) -> None:
         """A connection has ended."""
         self._connections.discard(connection)
+        self._later.pop(connection, None)
+        self.note_held(connection, 0)
         if connection.is_link and not any(c.is_link and c.peer == connection.peer for c in self._connections):
             assert connection.peer is not None, "a link is a member's"
             self.deliver([Cut(connection.peer)], limited=False)

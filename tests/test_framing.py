@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from raftnode import framing
-from raftnode.framing import TOO_LONG, Frame, Framer, TooLong, next_part
+from raftnode.framing import TOO_LONG, Frame, Framer, Parting, TooLong
 
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=600)
 
@@ -29,10 +29,9 @@ LONG = "<too long>"
 
 def split_line(line: bytes) -> list[bytes]:
     """The messages in one line, as the receiver takes them one by one."""
-    parts, at = [], 0
-    while at < len(line):
-        part, at = next_part(line, at)
-        if part:
+    parts, parting = [], Parting(line)
+    while not parting.is_over:
+        if part := parting.next():
             parts.append(part)
     return parts
 
@@ -414,3 +413,29 @@ def test_many_objects_without_a_newline_are_taken_in_linear_time(scanned: list[C
     assert watched.copied <= 10 * 2 * count, f"copied {watched.copied / (2 * count):.0f} times its length"
     assert Framer(100).feed(b"{}" * count + b"\n") == [b"{}"] * count
     assert sum(counting.seen for counting in scanned) <= 10 * count
+
+
+@pytest.mark.parametrize("text", [b'{"a",' * 10, b'{{"a":{"b":{}}}}', b"{{{}}}" * 2, b'{"a\\"}{","b":{{{}}}}'])
+def test_a_long_line_is_parted_in_bounded_steps(text: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parting a line of megabytes of braces takes seconds, and a leader may not be away from its work for so long
+    (TRAPS 19): it is done a number of steps at a time, with the same parts as in one go."""
+    line, whole = text * 50, split_line(text * 50)
+    monkeypatch.setattr(framing, "_STEPS", 1)
+    parting, parts, looks = Parting(line), [], 0
+    while not parting.is_over:
+        looks += 1
+        if part := parting.next():
+            parts.append(part)
+    assert parts == whole
+    assert looks > len(whole)
+
+
+def test_a_line_that_is_passed_over_leaves_nothing() -> None:
+    """The owner may drop a message that is not whole, when memory is short: the rest of its line is dropped, too, and
+    the next line is taken."""
+    framer = Framer(1000)
+    assert framer.feed(b'{"a":"' + b"x" * 500) == []
+    framer.pass_over()
+    assert not framer.pending
+    assert framer.feed(b'xxx"}') == []
+    assert framer.feed(b'}\n{"b":1}\n') == [b'{"b":1}']

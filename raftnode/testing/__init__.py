@@ -12,5 +12,7 @@ chaos       faults of real nodes and of their network, at random (`tools/chaos.p
 history     what clients did and what they were told
 linearizability   judges it: is there an order that explains the answers, and is it that of the commit_ids
 judge       what is left of a run with faults: every answer against the logs, and the logs against each other
+attacks     what bad clients do to a real node (with limited: nodes whose limits are low, and what they use; steady: a
+            well-behaved client beside them; fuzz: broken messages from a seed)
 processes   real nodes, started by the command line, to be killed, stopped and asked; writers that keep books
 """

@@ -200,7 +200,7 @@ def reset_in_answer(attack: Attack) -> str:
 
 def never_reads(attack: Attack) -> str:
     """Many ask for large values, each as often as the node lets it, and take none."""
-    asking = attack.connect_many(attack.settings.connections // 2)
+    asking = attack.connect_many(attack.settings.connections - 20)
     sent = attack.send_all({each: _forever(_get_big) for each in asking}, reads=False)
     return f"{len(asking)} connections, {sent // len(_get_big(0))} gets of a large value"
 

@@ -61,14 +61,15 @@ def memory_bound(settings: Settings, members: int) -> int:
     """The most bytes that clients may make a node hold, beside what it holds at rest. By what holds them:
 
     * what clients have begun, what waits to be looked at, and the answers that they have not taken: `client_bytes`,
-      and what one turn collects before it is written, an eighth of that;
+      and what one turn collects before it is written, an eighth of that. Buffers that grow are copied, and what they
+      leave is not all of use to others: as much again;
     * requests under way: `in_flight_bytes`, each as the message that came, and again as the command made of it;
     * the log in memory: `kept_bytes`, and above it what is not committed, `uncommitted_bytes` and one message;
     * each link to and from a member: its buffer, the message that it sends and the one that it takes;
     * each open connection, and those that are on their way in or out: some Python objects;
     * the one message that is looked at now, as Python objects: at most some sixty times its size.
     """
-    clients = settings.client_bytes + settings.client_bytes // 8
+    clients = 2 * (settings.client_bytes + settings.client_bytes // 8)
     requests = 2 * settings.in_flight_bytes
     log = settings.kept_bytes + settings.uncommitted_bytes + settings.frame_bytes
     links = 2 * (members - 1) * (settings.send_buffer_bytes + 2 * settings.peer_frame_bytes)

@@ -185,10 +185,10 @@ def strike(cluster: ClusterOfProcesses, writers: Writers, role: str, fault: str)
 
 
 def strike_meta_page(cluster: ClusterOfProcesses, writers: Writers, role: str, error: str) -> None:
-    """The write that commits fails: the last of a transaction, which is at a place of its own each time. So one after
-    the other is struck, until it was this one."""
-    for when in range(1, 9):
-        call = strike(cluster, writers, role, f"pwrite64:error={error}:when={when}")
+    """The write that commits fails: the last of a transaction, after the sync. A node is mostly in a sync when strace
+    attaches, so it is often the first write after that, but not always."""
+    for _ in range(25):
+        call = strike(cluster, writers, role, f"pwrite64:error={error}:when=1")
         if f", {_META_BYTES}, " in call:
             return
     pytest.fail("the write of the meta page was never hit")
@@ -197,7 +197,7 @@ def strike_meta_page(cluster: ClusterOfProcesses, writers: Writers, role: str, e
 EVERY_CALL: Final = [
     f"{role} {call} {error}"
     for role in ("leader", "follower")
-    for call in ("fdatasync", "pwrite64", "pwritev", "meta")
+    for call in ("fdatasync", "pwrite64", "meta")
     for error in ("EIO", "ENOSPC")
 ]
 
@@ -207,7 +207,7 @@ EVERY_CALL: Final = [
     "faults",
     [
         pytest.param(["leader fdatasync ENOSPC", "follower meta EIO"], id="some"),
-        *(pytest.param([fault], marks=long, id=fault) for fault in EVERY_CALL),
+        *(pytest.param([fault], marks=[long, pytest.mark.timeout(300)], id=fault) for fault in EVERY_CALL),
     ],
 )
 def test_a_call_that_fails_once(cluster: ClusterOfProcesses, book: Book, faults: list[str]) -> None:
@@ -545,11 +545,10 @@ def cut_file(length: Callable[[int], int]) -> Callable[[Path], None]:
 
 
 def zeros_in_the_middle(volume: Path) -> None:
+    """All but the first two pages, which say where the others are, and the last one."""
     file = volume / records.DATA_FILE
     whole = bytearray(file.read_bytes())
-    pages = len(whole) // 4096
-    start, end = 2 * 4096, pages * 3 // 4 * 4096
-    whole[start:end] = bytes(end - start)
+    whole[2 * 4096 : -4096] = bytes(len(whole) - 3 * 4096)
     file.write_bytes(whole)
 
 

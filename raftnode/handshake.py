@@ -139,12 +139,12 @@ class Handshake:
         node, witness = self._raft.membership.node_of(peer), self._raft.witnesses.of(peer)
         if not node:
             return UNSET
-        return Reminder(node=node, term=witness.term, held=witness.held, floor=witness.floor)
+        return Reminder(node=node, term=witness.term, held=witness.held, floor=witness.floor, vote=witness.vote)
 
     def _forgotten(self, reminder: Reminder | UnsetType) -> tuple[str, str] | None:
         """Take what another member remembers of this node: (code, words) when this node lacks any of it."""
         if reminder is not UNSET and reminder.node == self._store.node_id:
-            self._raft.remind(Witness(reminder.term, reminder.held, reminder.floor))
+            self._raft.remind(Witness(reminder.term, reminder.held, reminder.floor, reminder.vote))
         return ("old_copy", self.why_aside) if self._raft.has_forgotten else None
 
     @property

@@ -261,6 +261,8 @@ class Reminder(Struct, kw_only=True):
     """It has acknowledged this entry in that term."""
     floor: EntryId = GENESIS
     """It holds this entry, which is committed."""
+    vote: Name = ""
+    """It has voted for this member in that term; "" when that is not known."""
 
 
 class Hello(Request, tag="hello", kw_only=True):

@@ -66,6 +66,9 @@ from raftnode.testing.processes import (
         (Witness(3, held=EntryId(2, 5)), False),
         (Witness(3, held=EntryId(1, 4)), False),
         (Witness(2, held=EntryId(2, 5)), True),
+        (Witness(3, vote="1"), True),
+        (Witness(3, vote="3"), False),
+        (Witness(2, vote="3"), True),
         (Witness(floor=EntryId(1, 2)), True),
         (Witness(floor=EntryId(2, 5)), False),
         (Witness(floor=EntryId(2, 2)), False),
@@ -80,7 +83,7 @@ def test_what_is_kept(witness: Witness, is_kept: bool) -> None:
     network = Network(3)
     network.give_log("2", 1, 1, 2, 2)
     raft = network["2"].raft
-    raft.ballot = Ballot(3)
+    raft.ballot = Ballot(3, "1")
     assert witness.is_kept(raft.ballot, raft.journal) is is_kept
 
 
@@ -138,7 +141,8 @@ def test_which_terms_are_a_members_own(message: PeerRequest | PeerAnswer, term: 
         raft.step("1", message)
     else:
         raft.take("1", message)
-    assert raft.witnesses.of("1") == Witness(term)
+    gave_its_vote = isinstance(message, VoteAnswer) and message.data and not message.pre_vote
+    assert raft.witnesses.of("1") == Witness(term, vote="2" if gave_its_vote else "")
 
 
 def test_a_floor_is_acknowledged_and_committed() -> None:
@@ -149,21 +153,21 @@ def test_a_floor_is_acknowledged_and_committed() -> None:
     network.run(0.3)
     leader = network["1"].raft
     noop = EntryId(1, 1)
-    assert all(leader.remember().of(name) == Witness(1, noop, noop) for name in "2345")
+    assert all(leader.remember().of(name) == Witness(1, noop, noop, "1") for name in "2345")
     network.propose("1", "k")
     network.drop(source="1", target="3")
     network.drop(source="1", target="4")
     network.drop(source="1", target="5")
     network.deliver()
     assert leader.progress["2"].match == 2
-    assert leader.remember().of("2") == Witness(1, EntryId(1, 2), noop), "acknowledged, not committed"
+    assert leader.remember().of("2") == Witness(1, EntryId(1, 2), noop, "1"), "acknowledged, not committed"
     network.cut("1", "2")
     network.cut("1", "5")
     network.run(1.5)
     assert leader.is_leader
     assert leader.commit_id == 2
-    assert leader.remember().of("2") == Witness(1, EntryId(1, 2), EntryId(1, 2))
-    assert leader.remember().of("5") == Witness(1, noop, noop)
+    assert leader.remember().of("2") == Witness(1, EntryId(1, 2), EntryId(1, 2), "1")
+    assert leader.remember().of("5") == Witness(1, noop, noop, "1")
 
 
 def test_a_floor_outlives_the_leadership() -> None:
@@ -181,7 +185,7 @@ def test_a_floor_outlives_the_leadership() -> None:
     assert not former.is_leader
     assert former.remember().facts() == {
         "2": Witness(2, floor=EntryId(2, 4)),
-        "3": Witness(1, EntryId(1, 2), EntryId(1, 2)),
+        "3": Witness(1, EntryId(1, 2), EntryId(1, 2), "1"),
     }
     raft = Raft("1", former.journal, former.ballot, 0, random.Random(1), Settings(), 0.0, former.witnesses.facts())
     assert raft.witnesses.facts() == former.witnesses.facts()
@@ -314,12 +318,20 @@ class PuttingBack(Chaos):
         journal = copied(old).journal()
         if all(witness.is_kept(old.ballot, journal) for witness in self.remembering.of(self.victim)):
             self.accepted += 1
+            self.forget_lost_votes()
             member.disk = copied(old)
             self.copies = [copy for copy in self.copies if copy.writes <= old.writes]
         else:
             self.refused += 1
             assert newest.writes > old.writes, "the newest disk has forgotten nothing"
         network.restart(self.victim)
+
+    def forget_lost_votes(self) -> None:
+        """A vote of which no candidate ever heard, nor ever will, as what was under way is lost, binds nobody."""
+        votes, facts = self.network.invariants._votes, self.remembering.facts
+        for (voter, term), candidate in list(votes.items()):
+            if voter == self.victim and facts[candidate].get(voter, Witness()).term < term:
+                del votes[(voter, term)]
 
 
 def copied(disk: Disk) -> Disk:
@@ -412,10 +424,10 @@ def test_hello_is_answered_with_a_reminder(played: Played) -> None:
     last time is a second ago."""
     nothing = {"term": 0, "commit_id": 0}
     answer = ask(link := played.connect(), played.hello())
-    assert answer["reminder"] == {"node": AN_ID, "term": 0, "held": nothing, "floor": nothing}
+    assert answer["reminder"] == {"node": AN_ID, "term": 0, "held": nothing, "floor": nothing, "vote": ""}
     assert ask(link, played.beat(7))["term"] == 7
     answer = ask(link := played.connect(), played.hello())
-    assert answer["reminder"] == {"node": AN_ID, "term": 7, "held": nothing, "floor": nothing}
+    assert answer["reminder"] == {"node": AN_ID, "term": 7, "held": nothing, "floor": nothing, "vote": ""}
     terms = itertools.count(8)
 
     def on_disk() -> int:

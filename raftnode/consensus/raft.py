@@ -441,6 +441,8 @@ class Raft:
         granted_pre_vote = isinstance(answer, VoteAnswer) and answer.pre_vote and answer.data
         if not granted_pre_vote:
             self.witnesses.spoke(peer, answer.term)
+        if isinstance(answer, VoteAnswer) and answer.data and not answer.pre_vote:
+            self.witnesses.add(peer, Witness(answer.term, vote=self.me))
         if answer.term > self.term and not granted_pre_vote:
             self._become_follower(answer.term, None)
             return

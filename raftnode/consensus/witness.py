@@ -4,14 +4,17 @@ A member whose directory was put back from an old copy still has its node id, bu
 others count on. It can't know that by itself. What a member never takes back, whatever happens to it:
 
 * the term of its ballot never falls, and is on disk before the member speaks in that term (rule 1);
+* the vote that it gave in a term is on disk as long as its ballot is of that term; one who votes for itself enters the
+  term with that vote, so this concerns the votes for others;
 * an entry that it has acknowledged to the leader of some term stays in its log while its ballot is of that term: only
   the leader of a later term could cut it;
 * when that leader, while it leads, knows the entry as committed, it stays in the log for good: every later leader has
   it (thesis 3.6.3, Leader Completeness);
 * so does an entry that it has itself, as a leader, called committed: its own copy may be one of the majority's.
 
-So a `Witness` of a member is the highest term that it spoke in on its own behalf; the newest entry that it was known to
-hold in that term; and as its *floor* the newest of the committed ones. Nothing else is evidence:
+So a `Witness` of a member is the highest term that it spoke in on its own behalf; the vote that it gave to the witness
+in that term, and the newest entry that it was known to hold in it; and as its *floor* the newest of the committed ones.
+Nothing else is evidence:
 
 * a pre-vote request and a granted pre-vote carry a term that its sender does not have;
 * an acknowledged entry that commits only *after* the leader has lost its office is no floor: a leader of a later term
@@ -49,7 +52,8 @@ from raftnode.messages import GENESIS, EntryId
 
 
 class Witness(Struct, frozen=True):
-    """What one member has promised, as another knows it. `term` and `floor` only rise, `held` within a term."""
+    """What one member has promised, as another knows it. `term` and `floor` only rise, `held` within a term, in which
+    there is one `vote`."""
 
     term: int = 0
     """It has spoken in this term: its ballot on disk is of this term or a later one."""
@@ -57,18 +61,23 @@ class Witness(Struct, frozen=True):
     """It has acknowledged this entry in that very term: its log holds it as long as its ballot is of that term."""
     floor: EntryId = GENESIS
     """Its log holds this entry for good: others have counted on its copy, and the entry is committed."""
+    vote: str = ""
+    """It has voted for this member in that very term; "" when that is not known."""
 
     def joined(self, other: Witness) -> Witness:
         """All that either of the two says. Of two entries in one history the later one says more."""
         newer, older = (self, other) if self.term >= other.term else (other, self)
-        held = newer.held if newer.term > older.term else _later(newer.held, older.held)
-        return Witness(newer.term, held, _later(self.floor, other.floor))
+        held, vote = newer.held, newer.vote
+        if newer.term == older.term:
+            held, vote = _later(held, older.held), vote or older.vote
+        return Witness(newer.term, held, _later(self.floor, other.floor), vote)
 
     def is_kept(self, ballot: Ballot, journal: Journal) -> bool:
         """True when nothing of it is forgotten."""
         if ballot.term < self.term or not _is_in(journal, self.floor):
             return False
-        return ballot.term > self.term or _is_in(journal, self.held)
+        is_same = self.vote in ("", ballot.voted_for) and _is_in(journal, self.held)
+        return ballot.term > self.term or is_same
 
 
 def _later(one: EntryId, other: EntryId) -> EntryId:

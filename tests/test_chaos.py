@@ -13,6 +13,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,7 +32,7 @@ from raftnode.messages import PutCommand, chain, decode_command, encode_command
 from raftnode.testing import chaos, workload
 from raftnode.testing.history import History, Operation
 from raftnode.testing.judge import HISTORY, RUN, Evidence, Findings, judge
-from raftnode.testing.processes import ClusterOfProcesses
+from raftnode.testing.processes import ClusterOfProcesses, wait_until
 
 
 def _load_tool(name: str) -> ModuleType:
@@ -491,6 +492,45 @@ def test_the_seed_makes_the_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(0.5 <= entry["ended"] - entry["began"] <= 3.2 for entry in made)
     overlapping = [(a, b) for a, b in itertools.pairwise(made) if b["began"] < a["ended"]]
     assert overlapping
+
+
+@pytest.mark.timeout(120)
+def test_a_node_that_ends_by_itself_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A node that ends while no fault has hit it is a problem, even if all else is as it must be, and whatever it left.
+    Brought about with a fault that kills one and tells nobody."""
+
+    @contextlib.contextmanager
+    def murder(arena: Any, chance: random.Random) -> Iterator[str]:
+        node = arena.any_node(chance)
+        if arena.problems:
+            raise chaos.NotNow
+        os.kill(node.pid, signal.SIGKILL)
+        wait_until(lambda: arena.problems, "the death is seen")
+        yield node.name
+
+    monkeypatch.setitem(chaos.FAULTS, "murder", chaos.Fault(murder, 0.0, 0.0))
+    findings, lines = do_run(tool.Options(nodes=3, seconds=1, keys=3, faults=("murder",)), tmp_path)
+    [problem] = findings.problems
+    assert problem.kind == "ended"
+    assert "ended with status -9" in problem.words
+    assert lines[-1] == "BAD: 1 problems"
+
+
+def test_what_goes_wrong_in_a_client_is_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A defect of the program itself is no verdict: it is raised, and the bundle is there all the same. Brought about
+    with a client that fails at its fiftieth operation."""
+    note = workload._note_answer
+
+    def fail(operation: Operation, *rest: Any) -> None:
+        note(operation, *rest)
+        if operation.client == "c1.50":
+            raise ZeroDivisionError
+
+    monkeypatch.setattr(workload, "_note_answer", fail)
+    with pytest.raises(ZeroDivisionError):
+        tool.run(tool.Options(nodes=3, seconds=3, faults=("reset",)), tmp_path)
+    assert len(History.load(tmp_path / HISTORY)) >= 50
+    assert (tmp_path / RUN).exists()
 
 
 def test_two_faults_do_not_hit_one_thing(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ Exit status: 0 all is as it must be; 1 something is wrong; 2 wrong usage.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import FrameType
 from typing import Any, Final, NamedTuple
@@ -72,66 +74,86 @@ def run(options: Options, bundle: Path, told: Progress = lambda _: None) -> None
     what is raised is a defect of this program, or NotReached when they did not even come up."""
     with ClusterOfProcesses(options.nodes, bundle, dict(options.environment), proxied=True) as cluster:
         cluster.await_caught_up()
-        arena = Arena(cluster)
-        load = Load(cluster, options.clients, options.keys, options.seed)
-        monkey = Monkey(arena, options.faults, options.seed, lambda: told(lambda: f"{_so_far(load)}; {monkey.now}"))
-        reached, faults_end = None, 0.0
-        stopping = threading.Event()
-        watcher = threading.Thread(target=arena.watch, args=(stopping,), daemon=True)
+        trial = Trial(options, cluster, told)
         try:
-            watcher.start()
-            load.start()
-            monkey.run(options.seconds)
-            faults_end = arena.seconds()
-            reached = _settle(cluster, load, arena)
-        except NotReached as failure:
-            faults_end = arena.seconds()
-            arena.problems.append(Problem("not_healed", "cluster", str(failure)))
+            trial.run()
         finally:
-            stopping.set()
-            watcher.join()
-            load.stop()
-            facts = {
-                "nodes": [node.name for node in cluster],
-                "reached": reached,
-                "problems": [(p.kind, p.where, p.words) for p in arena.problems],
-                "options": options._asdict(),
-                "began": arena.began,
-                "faults_end": faults_end,
-                "healthy": arena.healthy,
-            }
-            _save(bundle, load.history, facts, monkey.schedule)
+            trial.save(bundle)
 
 
-def _so_far(load: Load) -> str:
-    operations = list(load.history)
-    unknown = sum(1 for o in operations if o.outcome == "open")
-    return f"{len(operations)} operations, {unknown} of them open"
+class Trial:
+    """A cluster, its clients, and who disturbs them."""
 
+    def __init__(self, options: Options, cluster: ClusterOfProcesses, told: Progress) -> None:
+        self._options = options
+        self._cluster = cluster
+        self._arena = Arena(cluster)
+        self._load = Load(cluster, options.clients, options.keys, options.seed)
+        self._monkey = Monkey(self._arena, options.faults, options.seed, lambda: told(self._so_far))
+        self._reached: int | None = None
 
-def _settle(cluster: ClusterOfProcesses, load: Load, arena: Arena) -> int:
-    """Everything is healed: the cluster serves again, all nodes catch up, and a last look at all keys through each of
-    them finds one state; the nodes end cleanly. Returns the commit_id that all have reached. Raises NotReached."""
-    cluster.heal()
-    load.await_progress()
-    load.stop()
-    cluster.await_caught_up(timeout=PATIENCE_S)
-    for n, node in enumerate(cluster):
-        reader = ChaosClient(f"last{n}", cluster, load.window, load.history, "reader")
-        reader.read(node.address, load.window.used)
-        reader.close()
-    reached = cluster.await_caught_up(timeout=PATIENCE_S)
-    with arena.hitting(*cluster):
-        statuses = cluster.terminate()
-    if any(statuses):
-        arena.problems.append(Problem("bad_exit", "cluster", f"SIGTERM: the nodes ended with {statuses}, not 0"))
-    return reached
+    def run(self) -> None:
+        """Faults, then healing. Raises what went wrong in one of the threads."""
+        stopping = threading.Event()
+        with ThreadPoolExecutor(1) as pool:
+            watching = pool.submit(self._arena.watch, stopping)
+            try:
+                self._disturb()
+            finally:
+                stopping.set()
+            watching.result()
 
+    def _disturb(self) -> None:
+        try:
+            self._load.start()
+            self._monkey.run(self._options.seconds)
+            self._reached = self._settle()
+        except NotReached as failure:
+            self._arena.problems.append(Problem("not_healed", "cluster", str(failure)))
+        finally:
+            self._load.stop()
 
-def _save(bundle: Path, history: History, facts: dict[str, Any], schedule: list[dict[str, Any]]) -> None:
-    history.save(bundle / HISTORY)
-    (bundle / RUN).write_text(json.dumps(facts, indent=1))
-    (bundle / FAULTS_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in schedule))
+    def _settle(self) -> int:
+        """Everything is healed: the cluster serves again, all nodes catch up, and a last look at all keys through each
+        of them finds one state; the nodes end cleanly. Returns the commit_id that all have reached. Raises
+        NotReached."""
+        cluster, load = self._cluster, self._load
+        cluster.heal()
+        load.await_progress()
+        load.stop()
+        cluster.await_caught_up(timeout=PATIENCE_S)
+        for n, node in enumerate(cluster):
+            reader = ChaosClient(f"last{n}", cluster, load.window, load.history, "reader")
+            with contextlib.closing(reader):
+                reader.read(node.address, load.window.used)
+        reached = cluster.await_caught_up(timeout=PATIENCE_S)
+        with self._arena.hitting(*cluster):
+            statuses = cluster.terminate()
+        if any(statuses):
+            words = f"SIGTERM: the nodes ended with {statuses}, not 0"
+            self._arena.problems.append(Problem("bad_exit", "cluster", words))
+        return reached
+
+    def _so_far(self) -> str:
+        operations = list(self._load.history)
+        unknown = sum(1 for operation in operations if operation.outcome == "open")
+        return f"{len(operations)} operations, {unknown} of them open; {self._monkey.now}"
+
+    def save(self, bundle: Path) -> None:
+        """Leave everything that is to be judged, besides what the nodes have left."""
+        facts = {
+            "nodes": [node.name for node in self._cluster],
+            "reached": self._reached,
+            "problems": [(problem.kind, problem.where, problem.words) for problem in self._arena.problems],
+            "options": self._options._asdict(),
+            "began": self._arena.began,
+            "faults_end": self._monkey.ended_at,
+            "healthy": self._arena.healthy,
+        }
+        self._load.history.save(bundle / HISTORY)
+        (bundle / RUN).write_text(json.dumps(facts, indent=1))
+        schedule = self._monkey.schedule
+        (bundle / FAULTS_FILE).write_text("".join(json.dumps(entry) + "\n" for entry in schedule))
 
 
 # --- the figures ----------------------------------------------------------------------------------------------

@@ -414,6 +414,8 @@ class Monkey:
         self._tick = tick
         self.schedule: list[dict[str, Any]] = []
         """What was done: name, what it hit, and the seconds at which it began and ended."""
+        self.ended_at = 0.0
+        """The seconds at which the last fault had ended."""
         self._active: list[tuple[float, ExitStack, dict[str, Any]]] = []
 
     def run(self, seconds: float) -> None:
@@ -429,6 +431,7 @@ class Monkey:
                 self._wait(self._chance.uniform(0.3, 2.5))
         finally:
             self._end(everything=True)
+            self.ended_at = self._arena.seconds()
 
     @property
     def now(self) -> str:

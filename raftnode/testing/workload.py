@@ -84,12 +84,12 @@ class ChaosClient:
 
     def run(self, stopping: threading.Event) -> None:
         """Operations until `stopping` is set, with short pauses."""
-        while not stopping.wait(self._chance.uniform(0, 2 * _THINK_S)):
-            if self._connection is None or self._chance.random() < 0.05:
-                self._connect(self._chance.choice(self._addresses))
-            if self._connection is not None:
-                self.request(self._invent())
-        self.close()
+        with contextlib.closing(self):
+            while not stopping.wait(self._chance.uniform(0, 2 * _THINK_S)):
+                if self._connection is None or self._chance.random() < 0.05:
+                    self._connect(self._chance.choice(self._addresses))
+                if self._connection is not None:
+                    self.request(self._invent())
 
     def close(self) -> None:
         if self._connection is not None:

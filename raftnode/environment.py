@@ -26,6 +26,8 @@ from raftnode import records
 from raftnode.config import Settings
 from raftnode.errors import StoreClosed, StoreDamaged, StoreError, StoreFailed, StoreForeign, StoreInUse, StoreTooNew
 
+RESTORE = "Put back a copy of the directory made after the node stopped; an older one has forgotten what it promised"
+"""What helps where nothing can be repaired."""
 _MAX_READERS = 126
 _LOOSE_PAGES = 16
 """More than this many pages are never missing from the end of a sound file; see `check_length`."""
@@ -156,9 +158,7 @@ class Environment:
             with env.begin() as txn:
                 yield txn
         except lmdb.Error as error:
-            raise StoreDamaged(
-                f"{self._data_file} is damaged: {error}. Put a good copy of the directory back"
-            ) from error
+            raise StoreDamaged(f"{self._data_file} is damaged: {error}. {RESTORE}") from error
 
     @contextlib.contextmanager
     def write(self) -> Iterator[lmdb.Transaction]:
@@ -288,12 +288,12 @@ def explain_open_error(data_dir: Path, error: lmdb.Error) -> StoreError:
     if isinstance(error, lmdb.InvalidError):
         return StoreForeign(
             f"{file} is not a file of ours: it is no LMDB environment, or its first pages are damaged. Choose another "
-            "directory, or put a good copy back"
+            "directory, or put back a copy made after the node stopped"
         )
     if isinstance(error, lmdb.VersionMismatchError):
         return StoreTooNew(f"{file} was written by another major version of LMDB: use the raftnode that wrote it")
     if isinstance(error, lmdb.CorruptedError | lmdb.PageNotFoundError):
-        return StoreDamaged(f"{file} is damaged: {error}. Put a good copy of the directory back")
+        return StoreDamaged(f"{file} is damaged: {error}. {RESTORE}")
     if isinstance(error, lmdb.ReadonlyError):
         return StoreForeign(f"{file} can't be opened: {error}. Check who owns it")
     return StoreFailed(f"{file} can't be opened: {error}. Check the disk (free space, kernel log), then start again")
@@ -321,8 +321,7 @@ def check_length(data_dir: Path, env: lmdb.Environment, may_verify: bool) -> Non
     missing = needed - size // page
     if missing > _LOOSE_PAGES or (missing > 0 and may_verify and not _is_sound(file)):
         raise StoreDamaged(
-            f"{file} is cut off: {size} bytes, {missing} pages of {page} bytes are missing at its end. "
-            "Put a good copy of the directory back"
+            f"{file} is cut off: {size} bytes, {missing} pages of {page} bytes are missing at its end. {RESTORE}"
         )
 
 

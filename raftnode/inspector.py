@@ -32,6 +32,7 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from raftnode.config import Settings
+from raftnode.environment import RESTORE
 from raftnode.errors import StoreDamaged, StoreError
 from raftnode.inspection import Directory, LogRecord, StoredValue, command_of, salvage_command
 from raftnode.messages import DeleteCommand, Entry, MembersCommand, PutCommand
@@ -227,7 +228,7 @@ def output_crashed(output: Output) -> Callable[[str], int]:
     def crashed(signal_name: str) -> int:
         output.complain(
             f"the data file is damaged: reading one of its pages ended the reader ({signal_name}). What could be read "
-            "before is printed. Put a good copy of the directory back"
+            f"before is printed. {RESTORE}"
         )
         return EXIT_DAMAGED
 
@@ -734,8 +735,8 @@ def _report_damage(output: Output, directory: Path) -> None:
     if output.damage:
         places = "place is" if output.damage == 1 else "places are"
         output.complain(
-            f"{directory}: {output.damage} {places} damaged, marked above. Keep this directory as it is, and put a "
-            "good copy of it back before the node is started on it"
+            f"{directory}: {output.damage} {places} damaged, marked above. Do not start the node on it: with the "
+            f"node stopped, see what `raftnode repair {directory} --dry-run` says"
         )
 
 

@@ -14,7 +14,7 @@ next transaction; they lose nothing by waiting, as they are in the log of a majo
 it), check the format, whose node it is, that the log has no hole and that its end matches its checksums, load the
 ballot and the memberships, and go on. Entries above commit_id are still staged; a leader commits them or cuts them.
 What does not match its checksum is reported and never passed over: the node does not start, rather than vote with a
-shorter log.
+shorter log, and says the command that repairs it from the other members (`repair`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Journal, Mark
 from raftnode.consensus.membership import Membership, cluster_id
 from raftnode.consensus.witness import Witness
-from raftnode.environment import Environment, MemoryDirectory
+from raftnode.environment import RESTORE, Environment, MemoryDirectory
 from raftnode.errors import ConfigError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
 from raftnode.messages import (
     GENESIS,
@@ -125,9 +125,7 @@ class Store:
     def _check_format(self, txn: lmdb.Transaction) -> None:
         format_version = self._fact(txn, b"format", int)
         if format_version is None:
-            raise StoreDamaged(
-                f"{self.data_dir} does not say in which format it is: put a good copy of the directory back"
-            )
+            raise StoreDamaged(f"{self.data_dir} does not say in which format it is. {RESTORE}")
         if format_version > records.FORMAT:
             raise StoreTooNew(
                 f"{self.data_dir} was written in format {format_version}; this raftnode reads up to {records.FORMAT}: "
@@ -137,7 +135,7 @@ class Store:
     def _load_facts(self, txn: lmdb.Transaction) -> None:
         node = self._fact(txn, b"node", str)
         if not node:
-            raise StoreDamaged(f"{self.data_dir} does not say whose it is: put a good copy of the directory back")
+            raise StoreDamaged(f"{self.data_dir} does not say whose it is. {RESTORE}")
         self.node_id: str = node
         self.cluster_id: str | None = self._fact(txn, b"cluster", str)
         self.address: str | None = self._fact(txn, b"address", str)

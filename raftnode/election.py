@@ -293,8 +293,10 @@ class Election:
         elif isinstance(reply.answer, VoteAnswer | HeartbeatAnswer | DataAnswer):
             if reply.answer.error is not UNSET:
                 self.handshake.note_refusal(reply.peer, reply.answer.error.code, reply.answer.error.message)
-            else:
+            elif self.raft.is_credible(reply.answer.term):
                 self.raft.take(reply.peer, reply.answer)
+            else:
+                self.log.error("strange_answer", peer=reply.peer, term=reply.answer.term)
         else:
             self.log.warning("strange_answer", peer=reply.peer, type=type(reply.answer).__name__)
 
@@ -409,7 +411,14 @@ class Election:
         if self.raft.has_forgotten:
             self.handshake.refuse_as_old_copy(arrival)
             return False
-        return isinstance(arrival.origin, _Caller) or self.handshake.is_from_member(arrival)
+        if not isinstance(arrival.origin, _Caller) and not self.handshake.is_from_member(arrival):
+            return False
+        message = arrival.message
+        assert isinstance(message, VoteRequest | Heartbeat | Data)
+        if not self.raft.is_credible(message.term):
+            arrival.refuse("bad_request", f"no elections can have led from term {self.raft.term} to {message.term}")
+            return False
+        return True
 
     # --- housekeeping ---
 

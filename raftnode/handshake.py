@@ -200,6 +200,8 @@ class Handshake:
             )
         if known is None or address == self._me:
             return "not_member", f"{address} is not another member of the cluster of {self._me}"
+        if not node:
+            return "wrong_node", f"{address} does not say which node it is"
         if known not in ("", node):
             return "wrong_node", (
                 f"{address} is known to {self._me} as node {known}, but node {node} answers there: its data "

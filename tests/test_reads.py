@@ -101,6 +101,19 @@ def test_answer_to_an_older_heartbeat_confirms_nothing() -> None:
     assert "second" in network["1"].reads.answered
 
 
+def test_answer_to_a_round_that_never_began_confirms_nothing() -> None:
+    """A member that answers with a round of the future has confirmed none: neither this one nor a later one. (Thesis
+    6.4; TRAPS 21.)"""
+    network = led_by_1()
+    confirm(network, "2", 99)
+    network.read("1", "r")
+    network.drop()
+    network.turn("1")
+    assert network["1"].reads.waiting == ["r"]
+    confirm(network, "2", network["1"].raft.reads.number)
+    assert "r" in network["1"].reads.answered
+
+
 def test_reads_share_a_round() -> None:
     """Many reads of one turn start one round; those that come while it runs share the next, and are not answered by the
     first. (Thesis 6.4; TRAPS 20.)"""

@@ -448,6 +448,23 @@ def test_two_leaders_of_one_term_are_not_both_followed() -> None:
     assert network["2"].log == [EntryId(1, 1)]
 
 
+def test_entry_of_a_later_term_than_its_leader_is_refused() -> None:
+    """No leader has one, and a member that took it could not append its own entries when it leads: terms never fall
+    along a log. Found by fuzzing as somebody who says a member's hello. (Thesis 3.5; TRAPS 9.)"""
+    network = led_by_1()
+    last = network["2"].disk.last
+    command = put("later")
+    later = Entry(99, 2, 0, chain(last.checksum, 99, 2, 0, command), command)
+    answer = ask(network, "2", data(1, last.id, later))
+    assert (answer.data, answer.reason) == (False, "checksum")
+    assert "99" in network["2"].raft.complaint
+    assert network["2"].log[-1] == last.id
+    network.elect("2")
+    network.propose("2", "colour")
+    network.run(SETTLED)
+    assert network["3"].keys == ["colour"]
+
+
 def test_entries_of_another_history_are_refused_and_told() -> None:
     """Terms fit, but checksums say that the two logs differ: one of them is damaged. Nothing is staged, the leader is
     told why, and does not ask again before its next heartbeat. (store docstring; TRAPS 37.)"""

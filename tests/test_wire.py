@@ -657,6 +657,7 @@ def hello(node: RaftNode, address: str, /, **changes: Any) -> dict[str, Any]:
     [
         ({"cluster": "0" * 16}, "wrong_cluster", "start all nodes of a cluster with the same set of addresses"),
         ({"node": "e" * 16}, "wrong_node", "Give it its own directory back"),
+        ({"node": ""}, "wrong_node", "does not say which node it is"),
         ({"protocol": PROTOCOL_VERSION + 1}, "wrong_protocol", "upgrade"),
         ({"address": "127.0.0.1:9"}, "not_member", "not another member"),
     ],
@@ -697,6 +698,26 @@ def test_member_speaks_only_for_itself(start: Start, connect: Connect) -> None:
     )
     assert node.status()["term"] == 0
     assert client.ask(type="heartbeat", term=9, leader=member, commit_id=0)["term"] == 9
+
+
+@pytest.mark.parametrize("kind", ["heartbeat", "vote_request", "data"])
+def test_a_term_beyond_all_elections_is_refused(start: Start, connect: Connect, kind: str) -> None:
+    """One message with the last term that there is would leave a cluster without a next term, and so without a leader
+    for ever. It is refused, and the node goes on in its own term."""
+    member = free_address()
+    node = start([member, free_address()])
+    client = connect(node)
+    client.ask(**hello(node, member))
+    assert client.ask(type="heartbeat", term=9, leader=member, commit_id=0)["term"] == 9
+    term = 2**63 - 1
+    message = {
+        "heartbeat": {"leader": member, "commit_id": 0},
+        "vote_request": {"commit_id": 0, "staged": {"address": member, "term": 9, "commit_id": 9}},
+        "data": {"action": "commit", "leader": member, "previous": {"term": 0, "commit_id": 0}},
+    }[kind]
+    assert_refused(client.ask(type=kind, term=term, **message), "bad_request", "no elections can have led")
+    assert node.status()["term"] == 9
+    assert client.ask(type="heartbeat", term=9, leader=member, commit_id=0)["data"] is True
 
 
 def test_two_leaders_of_one_term_do_not_end_the_node(start: Start, connect: Connect) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from msgspec import Raw
 
@@ -39,6 +40,9 @@ from raftnode.messages import (
     VoteRequest,
     encode_command,
 )
+
+_TERM_STEP_MAX: Final = 1 << 32
+"""Nobody falls so many terms behind: at one election in a millisecond it would take 50 days."""
 
 Ticket = object
 """Whatever the driver wants back with the answer to a request."""
@@ -146,6 +150,11 @@ class Raft:
     def may_serve_reads(self) -> bool:
         """True once this leader knows the cluster's commit_id: its own no-op has committed (TRAPS 6)."""
         return self.is_leader and self.commit_id >= self._first_own
+
+    def is_credible(self, term: int) -> bool:
+        """False for a term to which no elections can have led: a message of it is best lost, as Raft lets any message
+        be. Whoever took it could be left without a next term to elect a leader in."""
+        return term <= self.term + _TERM_STEP_MAX
 
     def deadline(self) -> float:
         """When `tick` should be called next at the latest."""
@@ -376,6 +385,7 @@ class Raft:
             self._refuse(ticket, message, "stale_term" if message.term < self.term else "two_leaders")
             return
         try:
+            self._check_terms(message)
             match = self.journal.accept(message.previous, message.entries, self.commit_id)
         except Gap:
             self._refuse(ticket, message, "gap")
@@ -393,6 +403,13 @@ class Raft:
         self._commit_to(min(message.commit_id, match))
         answer = DataAnswer(data=True, term=self.term, commit_id=self.commit_id, match=match)
         self._out.promises.append((ticket, answer))
+
+    @staticmethod
+    def _check_terms(message: Data) -> None:
+        """A leader has no entry of a later term than its own. Taken, it would stand in the way of this member's own
+        entries once it leads."""
+        if message.entries and message.entries[-1].term > message.term:
+            raise HistoryDiffers(f"an entry of term {message.entries[-1].term} from a leader of term {message.term}")
 
     def refuse_for_space(self, ticket: Ticket, message: Data) -> None:
         """The driver has no room for these entries: the leader is heard, its entries are not taken."""
@@ -466,7 +483,7 @@ class Raft:
         if progress is None:
             return
         progress.heard_at = self._now
-        progress.round = max(progress.round, answer.round)
+        progress.round = max(progress.round, min(answer.round, self.reads.number))
         if not progress.unanswered and answer.commit_id < min(progress.told, progress.match):
             progress.lost()  # it was restarted and does not know any more that it matches
         rounds = {voter: other.round for voter, other in self.progress.items()}

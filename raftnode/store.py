@@ -249,7 +249,7 @@ class Store:
         memberships = self._on_disk.get(b"memberships")
         members = memberships[-1].addresses if isinstance(memberships, list | tuple) and memberships else ()
         others = ",".join(member for member in members if member != self.address)
-        words = ["raftnode", "repair", str(self.data_dir), *(["--node", others] if others else [])]
+        words = ["raftnode", "repair", str(self.data_dir.absolute()), *(["--node", others] if others else [])]
         return f"With this node stopped, run: {shlex.join(words)}"
 
     # --- the state ---

@@ -144,7 +144,8 @@ def failing(node: NodeProcess, *faults: str) -> Iterator[Path]:
         assert "attached" in line, line
         yield trace
     finally:
-        strace.terminate()
+        if node.is_running:
+            strace.terminate()  # else it ends by itself, with everything written down
         strace.communicate(timeout=PATIENCE_S)
 
 

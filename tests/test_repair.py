@@ -2,7 +2,7 @@
 members, or refused (repair docstring; TRAPS 37: never as if the log were shorter).
 
 One cluster of three makes them. The *patient* is a node that was stopped; the two others run on and are asked. Two
-copies of its directory are kept: `level`, all of it committed, and `ahead`, in which the last two entries are staged,
+copies of its directory are kept: `level`, all of it committed, and `ahead`, in which the last three entries are staged,
 have been put through the patient while it was alone, and are what nobody else has.
 """
 
@@ -77,6 +77,19 @@ def write_history(cluster: ClusterOfProcesses) -> None:
                 client.put(key, {"n": n, "text": "x" * chance.choice([0, 10, 300, 9000])}, namespace)
 
 
+def put_alone(leader: NodeProcess) -> None:
+    """Three puts at once to a leader without followers, which appends them before it steps down."""
+    puts = [{"type": "put", "key": f"alone-{n}", "value": "z" * 50, "id": n} for n in range(3)]
+    with (
+        socket.create_connection(parse_address(leader.address), PATIENCE_S) as connection,
+        connection.makefile("rwb") as stream,
+    ):
+        stream.write(b"".join(compact(put) + b"\n" for put in puts))
+        stream.flush()
+        answers = [json.loads(stream.readline()) for _ in puts]
+    assert {answer["error"]["code"] for answer in answers} == {"not_committed"}
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     path = tmp_path_factory.mktemp("repair")
@@ -86,13 +99,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         patient = cluster.await_leader()
         cluster.await_caught_up()
         cluster.kill(cluster.others(patient))
-        for n in range(2):
-            answer = patient.ask({"type": "put", "key": f"alone-{n}", "value": "z" * 50}, PATIENCE_S)
-            assert answer is not None
-            assert answer["data"] is False
+        put_alone(patient)
         patient.kill()
-        info = patient.inspect("info")[0]
-        assert info["staged"] >= 1, "at least one of them was appended while it still led"
+        assert patient.inspect("info")[0]["staged"] >= 3
         ahead = Path(shutil.copytree(patient.volume, path / "ahead"))
         cluster.start()
         cluster.await_caught_up()
@@ -478,20 +487,21 @@ def commit_until(cluster: ClusterOfProcesses, commit_id: int) -> None:
             pass
 
 
-@pytest.mark.parametrize("left", [0, 21])
-def test_a_staged_entry_is_never_cut(made: Made, ahead: Path, left: int) -> None:
+@pytest.mark.parametrize("which", [-1, -3])
+@pytest.mark.parametrize("is_legible", [False, True])
+def test_a_staged_entry_is_never_cut(made: Made, ahead: Path, which: int, is_legible: bool) -> None:
     """A damaged staged entry may have been acknowledged by this node: it is not cut, nor replaced by what is not
     committed (TRAPS 37). The members that are asked have committed less than our log: no repair, and the words say what
     helps. Once one has committed as far as our log goes, its entries take the place of ours, also of the whole staged
     ones that are in conflict with them; nothing else changes but the term, which is that of the new entries, with no
-    vote cast. What is left of the entry makes no difference."""
+    vote cast. What is left of the entry makes no difference, nor which of the staged ones it is."""
     before = contents(ahead)
     last = last_of(ahead)
-    damage(ahead, fill(-1, -1) if not left else flip(-1, -2))
+    damage(ahead, flip(which, -2) if is_legible else fill(which, which))
     with slow_member(made, upto=last - 1) as member:
         why, said = refused(ahead, [member])
     assert f"it has committed only up to {last - 1}" in why
-    assert f"Entry {last} is staged here" in why
+    assert f"Entry {last + 1 + which} is staged here" in why
     assert "never cut" in why
     assert len(said.about("found")) == 1
     commit_until(made.cluster, last)

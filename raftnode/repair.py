@@ -49,10 +49,11 @@ from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
 from raftnode.environment import Environment
-from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreTooNew
+from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreFailed, StoreTooNew
 from raftnode.inspection import check_entry
 from raftnode.messages import (
     GENESIS,
+    LMDB_KEY_BYTES,
     Answer,
     Entries,
     EntriesAnswer,
@@ -151,24 +152,37 @@ def _open(data_dir: Path, settings: Settings) -> Environment:
 
 def _carry_out(env: Environment, log: _Log, values: dict[bytes, bytes | None], ballot: Ballot) -> None:
     """All changes, in one transaction, which is given up when it does not make the directory whole."""
-    with env.write() as txn:
-        for commit_id, entry in log.mended.items():
-            txn.put(records.log_key(commit_id), records.pack_entry(entry), db=env.db(records.LOG))
-        for key in log.strays:
-            txn.delete(key, db=env.db(records.LOG))
-        for key, value in values.items():
-            if value is None:
-                txn.delete(key, db=env.db(records.COMMITTED))
-            else:
-                txn.put(key, value, db=env.db(records.COMMITTED))
-        if ballot != log.facts.ballot:
-            txn.put(b"ballot", records.pack_meta(b"ballot", ballot), db=env.db(records.META))
-        _verify(env, txn)
+    try:
+        with env.write() as txn:
+            _change(env, txn, log, values, ballot)
+            _verify(env, txn, LOST)
+    except StoreFailed as failure:
+        if isinstance(failure.__cause__, lmdb.CorruptedError | lmdb.PageNotFoundError | lmdb.BadValsizeError):
+            raise StoreDamaged(
+                f"{env.path}: the pages of LMDB itself are damaged: {failure.__cause__}. {LOST}"
+            ) from failure
+        raise
     with env.read() as txn:
-        _verify(env, txn)
+        _verify(env, txn, "It did before they were synced: check this machine's memory and disk")
 
 
-def _verify(env: Environment, txn: lmdb.Transaction) -> None:
+def _change(
+    env: Environment, txn: lmdb.Transaction, log: _Log, values: dict[bytes, bytes | None], ballot: Ballot
+) -> None:
+    for commit_id, entry in log.mended.items():
+        txn.put(records.log_key(commit_id), records.pack_entry(entry), db=env.db(records.LOG))
+    for key in log.strays:
+        txn.delete(key, db=env.db(records.LOG))
+    for key, value in values.items():
+        if value is None:
+            txn.delete(key, db=env.db(records.COMMITTED))
+        else:
+            txn.put(key, value, db=env.db(records.COMMITTED))
+    if ballot != log.facts.ballot:
+        txn.put(b"ballot", records.pack_meta(b"ballot", ballot), db=env.db(records.META))
+
+
+def _verify(env: Environment, txn: lmdb.Transaction, advice: str) -> None:
     """Walk everything again. Raises StoreDamaged when something is still wrong."""
     problems: list[str] = []
     facts = _read_facts(env, txn)
@@ -180,7 +194,7 @@ def _verify(env: Environment, txn: lmdb.Transaction) -> None:
         _wrong_values(env, txn, log, problems.append)
     if problems or _ballot_for(log) != facts.ballot:
         wrong = "; ".join(problems) or "the ballot"
-        raise StoreDamaged(f"{env.path} does not read as repaired: {wrong}. Check this machine's memory and disk")
+        raise StoreDamaged(f"{env.path} is not whole with all changes made: {wrong}. {advice}")
 
 
 # --- the facts ------------------------------------------------------------------------------------------------
@@ -594,8 +608,11 @@ def _rebuilt(log: _Log, key: bytes, value: _Value) -> bytes:
 
 
 def _pairs(cursor: lmdb.Cursor) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values from where a cursor stands."""
-    return ((bytes(key), bytes(value)) for key, value in cursor)
+    """Keys and values from where a cursor stands. Raises StoreDamaged for a key that LMDB could not have taken."""
+    for key, value in cursor:
+        if not 0 < len(key) <= LMDB_KEY_BYTES:
+            raise StoreDamaged(f"the pages of LMDB itself are damaged: a key of {len(key)} bytes. {LOST}")
+        yield bytes(key), bytes(value)
 
 
 def _is_sound(key: bytes, stored: bytes) -> bool:

@@ -103,10 +103,15 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         patient.kill()
         assert patient.inspect("info")[0]["staged"] >= 3
         ahead = Path(shutil.copytree(patient.volume, path / "ahead"))
-        cluster.start()
-        cluster.await_caught_up()
+        others = cluster.others(patient)
+        for node in others:
+            node.start().await_answer()
+        cluster.await_caught_up(
+            nodes=others
+        )  # they have committed something else in the places of what is staged there
         with cluster.client() as client:
             client.put("after", 1)
+        patient.start()
         cluster.await_caught_up()
         assert patient.terminate() == 0
         assert patient.inspect("info")[0]["staged"] == 0

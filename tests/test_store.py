@@ -210,6 +210,7 @@ def start(program: str, directory: Path, argument: object = "", under: tuple[str
     """A program of store_worker, in a process of its own."""
     return subprocess.Popen(
         [*under, sys.executable, WORKER, program, str(directory), str(argument)],
+        bufsize=0,  # `communicate` would not see what `readline` has read ahead
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},

@@ -19,44 +19,50 @@ still be read; of a value that is no JSON any more, the bytes are under `raw` as
 
 from __future__ import annotations
 
-import datetime
 import os
 import sys
-import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NoReturn, TypeAlias
+from typing import Any, Final, NoReturn
 
 import click
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from raftnode.config import Settings
-from raftnode.environment import RESTORE
-from raftnode.errors import StoreDamaged, StoreError
+from raftnode.errors import StoreDamaged
 from raftnode.inspection import Directory, LogRecord, StoredValue, command_of, salvage_command
 from raftnode.messages import DeleteCommand, Entry, MembersCommand, PutCommand
+from raftnode.output import (
+    EPILOG,
+    DamageLine,
+    Inspector,
+    Output,
+    Point,
+    human,
+    one_directory,
+    open_directory,
+    options,
+    or_dash,
+    print_json,
+    print_table,
+    report_damage,
+    utc,
+)
 from raftnode.records import Record
-from raftnode.supervised import OutputFailed, Spool, supervise
-from raftnode.table import Column, Style, Table, escape, terminal_width
+from raftnode.table import Column, escape, terminal_width
 from raftnode.version import __version__
 
-EXIT_UNEXPECTED: Final = 1
-EXIT_UNUSABLE: Final = 3
-EXIT_DAMAGED: Final = 4
-EXIT_INTERRUPTED: Final = 130
-
-_EPILOG = (
-    "Exit status: 0 fine; 1 something unexpected; 2 wrong usage; 3 the directory is missing, not a node's, of a newer "
-    "format or can't be opened; 4 something in it is damaged: what could be read was printed, and marked."
-)
-_SNAPSHOT = (
+_SNAPSHOT: Final = (
     "One consistent snapshot. On a live node it holds back the reuse of pages: its file may grow until the listing has "
     "ended."
 )
-
-_encode = msgspec.json.Encoder().encode
-_Command: TypeAlias = Callable[..., Any]
+_ranged = options(
+    click.option("--from", "first", type=click.IntRange(min=0), metavar="ID", help="The first commit_id to show."),
+    click.option("--to", "last", type=click.IntRange(min=0), metavar="ID", help="The last commit_id to show."),
+    click.option("--tail", type=click.IntRange(min=1), metavar="N", help="Only the newest N of those."),
+    click.option("--values", is_flag=True, help="Show what was put; whole with --json, else shortened."),
+)
 
 
 # --- the lines of --json --------------------------------------------------------------------------------------
@@ -104,26 +110,6 @@ class CommittedLine(Struct, tag_field="record", tag="committed", kw_only=True):
     staged: int
 
 
-class DamageLine(Struct, tag_field="record", tag="damage", kw_only=True):
-    """Something that could not be read at all."""
-
-    commit_id: int | None = None
-    to: int | None = None
-    namespace: str | None = None
-    key: str | None = None
-    damaged: bool = True
-    reason: str
-
-
-class Point(Struct):
-    """An entry, without its command."""
-
-    commit_id: int
-    term: int
-    time: int
-    checksum: str
-
-
 class NodeLine(Struct, tag_field="record", tag="node", kw_only=True):
     """The node that a directory belongs to."""
 
@@ -146,142 +132,8 @@ class NodeLine(Struct, tag_field="record", tag="node", kw_only=True):
     reason: str | UnsetType = UNSET
 
 
-# --- where it goes --------------------------------------------------------------------------------------------
-
-
-class Output:
-    """Standard output and error of one run, and how much damage was met."""
-
-    def __init__(self, stream: BinaryIO) -> None:
-        self.spool = Spool(stream)
-        self.is_terminal = stream.isatty()
-        self.is_coloured = self.is_terminal and not os.environ.get("NO_COLOR")
-        self.encoding = sys.stdout.encoding or "utf-8"
-        self.damage = 0
-
-    def json(self, line: Struct) -> None:
-        """One object, one line."""
-        self.spool.write(_encode(line) + b"\n")
-
-    def text(self, line: str) -> None:
-        self.spool.write(line.encode(self.encoding, errors="replace") + b"\n")
-
-    def style(self, **how: Any) -> Style | None:
-        """A colour, on a terminal that wants one."""
-        return (lambda text: click.style(text, **how)) if self.is_coloured else None
-
-    def table(self, columns: list[Column]) -> Table:
-        return Table(columns, terminal_width(), self.text, self.style(bold=True))
-
-    def complain(self, message: str) -> None:
-        """One line on standard error, after all that was printed so far."""
-        try:
-            self.spool.flush()
-        except OSError:
-            _end_quietly()
-        click.echo(f"raftnode-inspect: {escape(message)}", err=True)
-
-
-class Inspector(click.Group):
-    """The command itself: where every failure becomes one line and an exit status."""
-
-    def main(self, *args: Any, **named: Any) -> Any:
-        """With arguments given, run in this process; from the command line, in a child (see `supervised`)."""
-        _open_missing_streams()
-        output = Output(sys.stdout.buffer)
-        if args or named.get("args") is not None:
-            return super().main(*args, **named, obj=output)
-        run: Callable[..., object] = super().main
-        return sys.exit(supervise(lambda: run(obj=output), output_crashed(output)))
-
-    def invoke(self, ctx: click.Context) -> Any:
-        output: Output = ctx.obj
-        try:
-            super().invoke(ctx)
-            output.spool.flush()
-        except (click.ClickException, click.exceptions.Exit):
-            raise
-        except BrokenPipeError:
-            _end_quietly()
-        except OutputFailed as error:
-            _end_quietly()
-            output.complain(f"the output can't be written: {error.strerror}")
-            ctx.exit(EXIT_UNEXPECTED)
-        except (KeyboardInterrupt, click.Abort):
-            ctx.exit(EXIT_INTERRUPTED)
-        except StoreDamaged as error:
-            output.complain(str(error))
-            ctx.exit(EXIT_DAMAGED)
-        except StoreError as error:
-            output.complain(str(error))
-            ctx.exit(EXIT_UNUSABLE)
-        except Exception as error:
-            output.complain(_unexpected(error))
-            ctx.exit(EXIT_UNEXPECTED)
-        if output.damage:
-            ctx.exit(EXIT_DAMAGED)
-
-
-def output_crashed(output: Output) -> Callable[[str], int]:
-    """What the parent does when the child was ended by what it read."""
-
-    def crashed(signal_name: str) -> int:
-        output.complain(
-            f"the data file is damaged: reading one of its pages ended the reader ({signal_name}). What could be read "
-            f"before is printed. {RESTORE}"
-        )
-        return EXIT_DAMAGED
-
-    return crashed
-
-
-def _end_quietly() -> None:
-    """Nobody reads any more (`| head`), or nothing can be written: let what Python flushes at its end go nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-
-
-def _open_missing_streams() -> None:
-    """When we were started without standard output or error, something must stand in their place: else the next file
-    that is opened, which is the data file, gets their number and with that what is written to them."""
-    for name in ("stdout", "stderr"):
-        if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open("w"))  # noqa: SIM115 - open to the end, as the streams are
-
-
-def _unexpected(error: Exception) -> str:
-    where = traceback.extract_tb(error.__traceback__)[-1]
-    return f"unexpected {type(error).__name__}: {error} (at {Path(where.filename).name}:{where.lineno})"
-
-
-# --- options --------------------------------------------------------------------------------------------------
-
-
-def _options(*options: Callable[[Any], Any]) -> Callable[[_Command], _Command]:
-    """Several options as one decorator."""
-
-    def add(command: _Command) -> _Command:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return add
-
-
-_common = _options(
-    click.argument("directory", metavar="DIR", type=click.Path(path_type=Path, readable=False)),
-    click.option("--json", "as_json", is_flag=True, help="One JSON object a line."),
-    click.pass_obj,
-)
-_ranged = _options(
-    click.option("--from", "first", type=click.IntRange(min=0), metavar="ID", help="The first commit_id to show."),
-    click.option("--to", "last", type=click.IntRange(min=0), metavar="ID", help="The last commit_id to show."),
-    click.option("--tail", type=click.IntRange(min=1), metavar="N", help="Only the newest N of those."),
-    click.option("--values", is_flag=True, help="Show what was put; whole with --json, else shortened."),
-)
-
-
 @click.group(
-    cls=Inspector, epilog=_EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+    cls=Inspector, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @click.version_option(__version__)
 def main() -> None:
@@ -307,9 +159,9 @@ def main() -> None:
 
     --from and --tail seek, they do not scan. {_SNAPSHOT}
     """,
-    epilog=_EPILOG,
+    epilog=EPILOG,
 )
-@_common
+@one_directory
 @_ranged
 def log(
     output: Output,
@@ -320,10 +172,10 @@ def log(
     tail: int | None,
     values: bool,
 ) -> None:
-    with _open(output, directory, as_json) as opened:
+    with open_directory(output, directory, as_json) as opened:
         window = _window(first, last, tail, opened.last)
         _list_entries(output, opened, window, as_json, values, with_state=True)
-    _report_damage(output, directory)
+    report_damage(output, directory)
 
 
 @main.command(
@@ -334,9 +186,9 @@ def log(
 
     {_SNAPSHOT}
     """,
-    epilog=_EPILOG,
+    epilog=EPILOG,
 )
-@_common
+@one_directory
 @_ranged
 def commits(
     output: Output,
@@ -347,7 +199,7 @@ def commits(
     tail: int | None,
     values: bool,
 ) -> None:
-    with _open(output, directory, as_json) as opened:
+    with open_directory(output, directory, as_json) as opened:
         committed = opened.facts.commit_id
         if committed is None:
             raise StoreDamaged(f"{directory}: what is committed can't be told; `log` lists the entries all the same")
@@ -359,7 +211,7 @@ def commits(
         output.json(CommittedLine(commit_id=committed, staged=staged))
     else:
         output.text(f"committed on disk: commit_id {committed}; staged after it: {staged}")
-    _report_damage(output, directory)
+    report_damage(output, directory)
 
 
 def _window(first: int | None, last: int | None, tail: int | None, newest: int) -> tuple[int, int | None]:
@@ -382,12 +234,12 @@ def _list_entries(
 ) -> None:
     lines = (_entry_line(record, opened.facts.commit_id, values) for record in opened.entries(*window))
     if as_json:
-        _print_json(output, lines)
+        print_json(output, lines)
         return
     columns = _ENTRY_COLUMNS + ([_STATE] if with_state else []) + ([_VALUE] if values else [])
     columns[0] = msgspec.structs.replace(columns[0], expect=len(str(opened.last)))
     staged, width = output.style(fg="yellow"), terminal_width()
-    _print_table(output, columns, lines, lambda line: _entry_cells(line, width, with_state, values), staged)
+    print_table(output, columns, lines, lambda line: _entry_cells(line, width, with_state, values), staged)
 
 
 _ENTRY_COLUMNS = [
@@ -462,7 +314,7 @@ def _entry_cells(line: EntryLine, width: int, with_state: bool, values: bool) ->
     cells = [
         str(line.commit_id),
         str(line.term),
-        _utc(line.time),
+        utc(line.time),
         line.kind or "?",
         line.namespace or "-",
         "-" if line.key is None else line.key,
@@ -475,14 +327,6 @@ def _entry_cells(line: EntryLine, width: int, with_state: bool, values: bool) ->
     if values:
         cells.append(_value_text(line, width))
     return cells
-
-
-def _utc(milliseconds: int) -> str:
-    """A time as people read it; a damaged one may be none at all."""
-    try:
-        return datetime.datetime.fromtimestamp(milliseconds // 1000, datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-    except (ValueError, OverflowError, OSError):
-        return f"{milliseconds} ms?"
 
 
 def _value_text(line: EntryLine | ValueLine, width: int) -> str:
@@ -508,23 +352,23 @@ def _value_text(line: EntryLine | ValueLine, width: int) -> str:
 
     --namespace and --prefix seek, they do not scan. {_SNAPSHOT}
     """,
-    epilog=_EPILOG,
+    epilog=EPILOG,
 )
-@_common
+@one_directory
 @click.option("--namespace", metavar="NAME", help="Only of this namespace.")
 @click.option("--prefix", metavar="TEXT", default="", help="Only keys that begin so.")
 @click.option("--keys-only", is_flag=True, help="Leave the values out.")
 def state(output: Output, directory: Path, as_json: bool, namespace: str | None, prefix: str, keys_only: bool) -> None:
-    with _open(output, directory, as_json) as opened:
+    with open_directory(output, directory, as_json) as opened:
         lines = (_value_line(found, not keys_only) for found in opened.values(namespace, prefix))
         if as_json:
-            _print_json(output, lines)
+            print_json(output, lines)
         else:
             columns = [column for column in _STATE_COLUMNS if not keys_only or column is not _STATE_VALUE]
             number, width = len(str(opened.last)), terminal_width()
             columns = [msgspec.structs.replace(c, expect=number) if c.title == "modified" else c for c in columns]
-            _print_table(output, columns, lines, lambda line: _state_cells(line, width, keys_only), None)
-    _report_damage(output, directory)
+            print_table(output, columns, lines, lambda line: _state_cells(line, width, keys_only), None)
+    report_damage(output, directory)
 
 
 _STATE_VALUE = Column("value", least=16)
@@ -572,9 +416,9 @@ def _state_cells(line: ValueLine, width: int, keys_only: bool) -> list[str]:
     learners, by address with node id), keys, sizes (bytes: file on disk, used by data, map: the most that the file
     may grow to), readers (pid, thread, txn: the snapshot that it holds), damaged and reason.
     """,
-    epilog=_EPILOG,
+    epilog=EPILOG,
 )
-@_common
+@one_directory
 def info(output: Output, directory: Path, as_json: bool) -> None:
     with Directory(directory, Settings().map_bytes) as opened:
         line = _node_line(opened)
@@ -584,7 +428,7 @@ def info(output: Output, directory: Path, as_json: bool) -> None:
         output.json(line)
     else:
         _print_node(output, line)
-    _report_damage(output, directory)
+    report_damage(output, directory)
 
 
 def _node_line(opened: Directory) -> NodeLine:
@@ -640,17 +484,17 @@ def _node_rows(line: NodeLine) -> Iterator[tuple[str, str]]:
     yield "node", line.node or "-"
     yield "address", line.address or "- (not founded yet)"
     yield "cluster", line.cluster or "-"
-    yield "format", _or_dash(line.format)
-    yield "term", f"{_or_dash(line.term)}, " + (f"voted for {line.voted_for}" if line.voted_for else "vote is free")
-    yield "commit_id", f"{_or_dash(line.commit_id)} committed on disk"
-    yield "staged", f"{_or_dash(line.staged)} entries"
+    yield "format", or_dash(line.format)
+    yield "term", f"{or_dash(line.term)}, " + (f"voted for {line.voted_for}" if line.voted_for else "vote is free")
+    yield "commit_id", f"{or_dash(line.commit_id)} committed on disk"
+    yield "staged", f"{or_dash(line.staged)} entries"
     yield "log", f"{line.entries} entries kept"
     yield "first kept", _point_text(line.first_kept)
     yield "last", _point_text(line.last)
     yield from _member_rows(line.membership or {})
     yield "keys", str(line.keys)
     for name, size in line.sizes.items():
-        yield name, f"{_human(size)} ({size} bytes)"
+        yield name, f"{human(size)} ({size} bytes)"
     if not line.readers:
         yield "readers", "none besides this one"
     for n, reader in enumerate(line.readers):
@@ -666,78 +510,10 @@ def _member_rows(membership: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield title, "none"
 
 
-def _or_dash(fact: int | None) -> str:
-    return "?" if fact is None else str(fact)
-
-
 def _point_text(point: Point | None) -> str:
     if point is None:
         return "-"
-    return f"commit_id {point.commit_id}, term {point.term}, checksum {point.checksum}, {_utc(point.time)}"
-
-
-def _human(size: int) -> str:
-    number, units = float(size), ("B", "KiB", "MiB", "GiB")
-    for unit in units:
-        if number < 1024 or unit == units[-1]:
-            break
-        number /= 1024
-    return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
-
-
-# --- printing -------------------------------------------------------------------------------------------------
-
-
-def _open(output: Output, directory: Path, as_json: bool) -> Directory:
-    """Open a directory and print what is wrong with its facts before anything else."""
-    opened = Directory(directory, Settings().map_bytes)
-    for reason in opened.facts.damage:
-        output.damage += 1
-        if as_json:
-            output.json(DamageLine(reason=reason))
-        else:
-            output.text((output.style(fg="red") or str)(f"DAMAGED: {escape(reason)}"))
-    return opened
-
-
-def _print_json(output: Output, lines: Iterable[EntryLine | ValueLine | DamageLine]) -> None:
-    for line in lines:
-        if line.damaged is True:
-            output.damage += 1
-        output.json(line)
-
-
-def _print_table(
-    output: Output,
-    columns: list[Column],
-    lines: Iterable[Any],
-    cells: Callable[[Any], list[str]],
-    staged: Style | None,
-) -> None:
-    table, red = output.table(columns), output.style(fg="red")
-    for line in lines:
-        damaged = line.damaged is True
-        if damaged:
-            output.damage += 1
-        style = red if damaged else staged if getattr(line, "state", None) == "staged" else None
-        if isinstance(line, DamageLine):
-            table.remark(line.reason, style)
-        else:
-            table.add(cells(line), line.reason if damaged else "", style)
-    table.finish()
-    if table.left_out:
-        missing = ", ".join(table.left_out)
-        output.complain(f"no room for {missing}: use a wider terminal, or --json")
-
-
-def _report_damage(output: Output, directory: Path) -> None:
-    """The one line at the end that says what the marks mean."""
-    if output.damage:
-        places = "place is" if output.damage == 1 else "places are"
-        output.complain(
-            f"{directory}: {output.damage} {places} damaged, marked above. Do not start the node on it: with the "
-            f"node stopped, see what `raftnode repair {directory} --dry-run` says"
-        )
+    return f"commit_id {point.commit_id}, term {point.term}, checksum {point.checksum}, {utc(point.time)}"
 
 
 def _main() -> NoReturn:

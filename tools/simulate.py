@@ -107,10 +107,10 @@ def replay(seed: int) -> bool:
     return True
 
 
-def run_many(seeds: Iterator[int], jobs: int, until: float) -> Total:
-    """Run seeds side by side until there are no more, or it is time."""
+def run_many(seeds: Iterator[int], jobs: int, until: float, stops: bool = False) -> Total:
+    """Run seeds side by side until there are no more, or it is time; with `stops`, until one fails."""
     total, told_at = Total(), 0.0
-    in_time = itertools.takewhile(lambda _: time.monotonic() < until, seeds)
+    in_time = itertools.takewhile(lambda _: time.monotonic() < until and not (stops and total.failed), seeds)
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         running = {pool.submit(try_seed, seed) for seed in itertools.islice(in_time, 2 * jobs)}
         while running:
@@ -134,17 +134,18 @@ def run_many(seeds: Iterator[int], jobs: int, until: float) -> Total:
 @click.option("--first", type=int, default=0, show_default=True, help="The first seed of many.")
 @click.option("--seeds", type=click.IntRange(1), default=200, show_default=True, help="How many.")
 @click.option("--minutes", type=click.FloatRange(min=0, min_open=True), help="Go on for so long instead.")
+@click.option("--stop", "stops", is_flag=True, help="Begin no more seeds after the first that fails.")
 @click.option("--jobs", type=click.IntRange(1), default=os.cpu_count() or 1, show_default=True, help="Processes.")
-def main(seed: int | None, first: int, seeds: int, minutes: float | None, jobs: int) -> None:
+def main(seed: int | None, first: int, seeds: int, minutes: float | None, stops: bool, jobs: int) -> None:
     if seed is not None:
         sys.exit(0 if replay(seed) else 1)
     began = time.monotonic()
     if minutes is None:
-        total = run_many(iter(range(first, first + seeds)), jobs, float("inf"))
+        total = run_many(iter(range(first, first + seeds)), jobs, float("inf"), stops)
     else:
         first = first or secrets.randbelow(1 << 40)
         click.echo(f"seeds from {first} on")
-        total = run_many(itertools.count(first), jobs, began + 60 * minutes)
+        total = run_many(itertools.count(first), jobs, began + 60 * minutes, stops)
     for line in total.lines():
         click.echo(line)
     click.echo(f"{time.monotonic() - began:.1f} s")

@@ -47,9 +47,11 @@ class SimulatedClient:
         think: float,
         value_size: int,
         local_share: float,
+        committed: Callable[[], int],
     ) -> None:
         """`timeout` and `think` (the pause between two operations, on average) in seconds; `value_size`: characters of
-        the largest value; `local_share`: how many of the reads are local."""
+        the largest value; `local_share`: how many of the reads are local. `committed`: how many entries any node has
+        applied by now."""
         self.name = name
         self.is_done = True
         self._world = world
@@ -61,6 +63,8 @@ class SimulatedClient:
         self._think = think
         self._value_size = value_size
         self._local_share = local_share
+        self._committed = committed
+        self._floor = 0  # what was committed when the operation began
         self._chance: random.Random = world.chance_for(name)
         self._number = 0
         self._until = 0.0
@@ -98,6 +102,7 @@ class SimulatedClient:
             padding = "." * self._chance.randrange(self._value_size)
             operation.value = f"{self.name}-{self._number}{padding}"
         self._is_waiting = True
+        self._floor = self._committed()
         self._world.tell(f"{self.name} -> {node}: {kind} {key} {operation.value or ''}")
         frame = self._encode(operation)
         self._world.after(0.0005 * self._chance.random(), lambda: self._arrive(operation, frame))
@@ -162,6 +167,19 @@ class SimulatedClient:
         assert answer.commit_id is not UNSET, "a success has a commit_id"
         operation.commit_id = answer.commit_id
         self._finish(operation, "ok", "")
+        self._check_floor(operation)
+
+    def _check_floor(self, operation: Operation) -> None:
+        """A read shows all that was committed anywhere when it began, whether its key has changed or not; a write comes
+        after that."""
+        shown = operation.commit_id
+        assert shown is not None, "a success has a commit_id"
+        if operation.kind == "get":
+            assert operation.is_local or shown >= self._floor, (
+                f"linearizable reads: {operation} shows {shown}, {self._floor} was committed before it"
+            )
+        else:
+            assert shown > self._floor, f"writes in real time: {operation}, {self._floor} was committed before it"
 
     def _finish(self, operation: Operation, outcome: Any, code: str) -> None:
         if operation.returned is not None or operation.code:

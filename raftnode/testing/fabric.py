@@ -51,6 +51,8 @@ class Path:
     """Not None while cut: what was sent meanwhile and comes when the cut is healed. None while cut: it is lost."""
     extra_delay: float = 0.0
     """Seconds that a slow link adds."""
+    loses_entries: bool = False
+    """Large packets are lost, and small ones are not, as where the path's MTU is wrong."""
     last_arrival: float = 0.0
 
 
@@ -105,8 +107,11 @@ class Fabric:
         """Every path works as well as it can."""
         for source, target in list(self._paths):
             self.heal(source, target)
-            self.path(source, target).extra_delay = 0.0
+            path = self.path(source, target)
+            path.extra_delay, path.loses_entries = 0.0, False
         self.weather.loss = self.weather.repeat = self.weather.reorder = self.weather.stray = 0.0
+        for transport in list(self.transports.values()):
+            transport.end_half_open()
 
     def works(self, source: str, target: str) -> bool:
         """True when both directions are open: a connection can be made."""
@@ -122,8 +127,7 @@ class Fabric:
         """Take something from one member to another, if this is one of the good days."""
         path, weather = self.path(source, target), self.weather
         if is_consensus and self.chance.random() < weather.loss:
-            self.lost += 1
-            self.world.tell(f"lost      {source} -> {target}")
+            self.lose(source, target)
             return
         if path.cut:
             if path.held is None:
@@ -135,6 +139,11 @@ class Fabric:
         if is_consensus and self.chance.random() < weather.repeat:
             self.repeated += 1
             self._plan(path, arrive)
+
+    def lose(self, source: str, target: str) -> None:
+        """A message is gone."""
+        self.lost += 1
+        self.world.tell(f"lost      {source} -> {target}")
 
     def _plan(self, path: Path, arrive: Action) -> None:
         """In order with what went before on this path, unless it may be overtaken."""
@@ -198,7 +207,11 @@ class SimulatedLink:
             elif self.is_open:
                 self._plan_end()
 
-        self.owner.fabric.carry(self.owner.my_ip, self.peer, arrive, isinstance(message, CONSENSUS))
+        fabric, source = self.owner.fabric, self.owner.my_ip
+        if isinstance(message, Data) and message.entries and fabric.path(source, self.peer).loses_entries:
+            fabric.lose(source, self.peer)
+        else:
+            fabric.carry(source, self.peer, arrive, isinstance(message, CONSENSUS))
 
     def _plan_end(self) -> None:
         """Nobody is at the other end any more: it says so, if that comes through."""
@@ -477,6 +490,21 @@ class SimulatedTransport(Transport):
         if link is not None and link.other is not None:
             self.world.after(self.fabric.delay(), link.lose)
             self.world.after(self.fabric.delay(), link.other.lose)
+
+    def lose_connections_of(self, peer: str) -> None:
+        """The links that `peer` has to this node end at this side; the other side is not told."""
+        for connection in list(self.connections):
+            if connection.client == peer:
+                connection.lose()
+
+    def end_half_open(self) -> None:
+        """What the other side has ended ends here too: keep-alive would find it out, where nothing is ever sent."""
+        for link in cast(list[SimulatedLink], list(self.links.values())):
+            if link.other is None or not link.other.is_open:
+                link.lose()
+        for connection in list(self.connections):
+            if not connection.other.is_open:
+                connection.lose()
 
     def die(self) -> None:
         """The process is gone. The other ends hear of it if that comes through; clients do."""

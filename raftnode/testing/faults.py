@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
@@ -23,8 +24,12 @@ KINDS: Final[dict[str, float]] = {
     "cut_one_way": 2.0,
     "isolate": 2.0,
     "split": 1.0,
+    "succession": 1.5,
+    "deposition": 2.0,
+    "lone_copy": 1.0,
     "reset_link": 1.0,
     "slow_link": 1.0,
+    "lost_entries": 1.0,
     "slow_disk": 1.0,
     "hung_disk": 0.5,
     "full_disk": 0.5,
@@ -223,6 +228,106 @@ class Faults:
         here, there = names[:half], names[half:]
         self._cut([(a, b) for a in here for b in there] + [(b, a) for a in here for b in there])
 
+    def succession(self) -> None:
+        """The leader piles up entries that only it has, and is cut off. When another one leads and has committed its
+        first entry, that one dies, and the old one is heard again: the longer log is not the one that counts."""
+        if (old := self._leader()) is None:
+            return
+        self._lose_entries(old.name, True)
+
+        def cut() -> None:
+            if not self._has_ended:
+                self._lose_entries(old.name, False)
+                self._succeed(old)
+
+        self._world.after(self._chance.choice([0, self._span]), cut)
+
+    def _succeed(self, old: SimulatedNode) -> None:
+        elections = 4 * old.settings.election_high_ms / 1000
+        term, until = old.disk.ballot.term, self._world.now + 4 * self._span + elections
+        self._cut_off(old)
+
+        def look() -> None:
+            if self._has_ended:
+                return
+            serving = [node for node in self._nodes.values() if node.is_up and node.raft.may_serve_reads]
+            new = [node for node in serving if node.raft.term > term]
+            if not new and self._world.now < until:
+                self._world.after(old.settings.heartbeat_ms / 20_000, look)
+                return
+            for node in new:
+                node.crash()
+                self._world.after(elections, functools.partial(self._start_later, node))
+            self._hear_again(old)
+
+        look()
+
+    def deposition(self) -> None:
+        """The others lose the leader, and are told so: they elect another one at once, while it still believes that it
+        leads. What they had said to it before is slow, and comes in the middle of that."""
+        if (old := self._leader()) is None:
+            return
+        heartbeat = old.settings.heartbeat_ms / 1000
+        for name in self._nodes:
+            self._fabric.path(name, old.name).extra_delay = 10 * heartbeat * self._chance.random()
+
+        def cut() -> None:
+            if self._has_ended:
+                return
+            for node in self._nodes.values():
+                self._fabric.path(node.name, old.name).extra_delay = 0.0
+                if node.is_up:
+                    node.transport.lose_connections_of(old.name)
+            self._cut_off(old)
+            self._later(lambda: self._hear_again(old))
+
+        self._world.after(3 * heartbeat * self._chance.random(), cut)
+
+    def lone_copy(self) -> None:
+        """One follower alone gets the last entries of a leader, which is cut off then. Of the next leader that follower
+        hears, but gets no entries for a while."""
+        if (old := self._leader()) is None:
+            return
+        names = [name for name in self._nodes if name != old.name]
+        lone = self._chance.choice(names)
+        for name in names:
+            self._fabric.path(old.name, name).loses_entries = name != lone
+
+        def cut() -> None:
+            if self._has_ended:
+                return
+            for name in self._nodes:
+                self._fabric.path(old.name, name).loses_entries = False
+                self._fabric.path(name, lone).loses_entries = True
+            self._cut_off(old)
+            self._world.after(4 * old.settings.election_high_ms / 1000, lambda: self._later(mend))
+
+        def mend() -> None:
+            for name in self._nodes:
+                self._fabric.path(name, lone).loses_entries = False
+            self._hear_again(old)
+
+        self._later(cut)
+
+    def _leader(self) -> SimulatedNode | None:
+        """Who leads, where others could."""
+        leaders = [node for node in self._nodes.values() if node.is_up and node.raft.is_leader]
+        return max(leaders, key=lambda node: node.raft.term) if leaders and len(self._nodes) > 2 else None
+
+    def _cut_off(self, node: SimulatedNode) -> None:
+        for name in self._nodes:
+            if name != node.name:
+                self._fabric.cut(node.name, name, holds=False)
+                self._fabric.cut(name, node.name, holds=False)
+        self._world.tell(f"cut off {node.name}")
+
+    def _hear_again(self, node: SimulatedNode) -> None:
+        for name in self._nodes:
+            if name != node.name:
+                self._fabric.heal(node.name, name)
+                self._fabric.heal(name, node.name)
+        self._world.tell(f"healed {node.name}")
+
     def reset_link(self) -> None:
         """A connection breaks."""
         if pair := self._pair():
@@ -234,6 +339,17 @@ class Faults:
             path = self._fabric.path(*pair)
             path.extra_delay = self._span * self._chance.random()
             self._later(lambda: setattr(path, "extra_delay", 0.0))
+
+    def lost_entries(self) -> None:
+        """Nobody gets the entries of one member, while its heartbeats come through."""
+        if node := self._victim():
+            self._lose_entries(node.name, True)
+            self._later(lambda: self._lose_entries(node.name, False))
+
+    def _lose_entries(self, source: str, are_lost: bool) -> None:
+        for name in self._nodes:
+            if name != source:
+                self._fabric.path(source, name).loses_entries = are_lost
 
     # --- disks ---
 

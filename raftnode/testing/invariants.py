@@ -8,8 +8,11 @@ property; the names of the thesis (figure 3.2) are used where it has one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+from msgspec import UNSET
 
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
@@ -18,10 +21,13 @@ from raftnode.consensus.raft import Raft
 from raftnode.messages import (
     Data,
     DataAnswer,
+    DeleteAnswer,
     Entry,
     EntryId,
+    GetAnswer,
     Heartbeat,
     HeartbeatAnswer,
+    PutAnswer,
     VoteAnswer,
     VoteRequest,
 )
@@ -78,6 +84,10 @@ class Look(NamedTuple):
     disk_commit_id: int
     commit_id: int
     applied: int
+    led_term: int = 0
+    """The term that it led; 0 when it did not lead."""
+    matches: Mapping[str, int] = {}
+    """As the leader: how far each other member held its log."""
 
 
 class Invariants:
@@ -89,6 +99,7 @@ class Invariants:
         """What was committed, by position: `chosen[n]` has commit_id `n + 1`."""
         self._leaders: dict[int, str] = {}
         self._votes: dict[tuple[str, int], str] = {}
+        self._pre_votes: dict[tuple[str, int], set[str]] = {}  # who granted one, by candidate and term
         self._checksums: dict[EntryId, int] = {}
         self._looks = {name: Look(Ballot(), 0, 0, 0) for name in members}
         self._logs: dict[str, tuple[int, Entry | None]] = dict.fromkeys(members, (0, None))
@@ -113,20 +124,29 @@ class Invariants:
     def sent(self, member: Watched, target: str, message: Any) -> None:
         """A message leaves `member` for `target`: what it says must be on the disk already (thesis 3.8; TRAPS 1, 2)."""
         name, disk = member.name, member.disk
+        if isinstance(message, PutAnswer | DeleteAnswer | GetAnswer) and message.commit_id is not UNSET:
+            self._check_told(member, message.commit_id)
         if not isinstance(message, VoteRequest | VoteAnswer | Heartbeat | HeartbeatAnswer | Data | DataAnswer):
             return  # not of the consensus
         if isinstance(message, VoteRequest | VoteAnswer) and message.pre_vote:
+            if isinstance(message, VoteAnswer) and message.data:
+                self._pre_votes.setdefault((target, message.term), set()).add(name)
             return  # promises nothing
         assert message.term <= disk.ballot.term, (
             f"disk before words: {name} speaks in term {message.term}, on disk is {disk.ballot}"
         )
         if isinstance(message, VoteRequest):
             self._voted(member, message.term, name)
+            self._check_campaign(member, message.term)
         if isinstance(message, VoteAnswer) and message.data:
             self._voted(member, message.term, target)
         if isinstance(message, DataAnswer) and message.data:
             assert message.match <= len(disk.entries), (
                 f"disk before words: {name} acknowledges {message.match}, on disk are {len(disk.entries)}"
+            )
+            leader = self._leaders.get(message.term, target)
+            assert leader == target, (
+                f"one leader is followed: {name} takes entries of {target} in term {message.term}, which {leader} leads"
             )
 
     def _voted(self, member: Watched, term: int, candidate: str) -> None:
@@ -137,6 +157,22 @@ class Invariants:
         )
         before = self._votes.setdefault((member.name, term), candidate)
         assert before == candidate, f"one vote a term: {member.name} told {before} and {candidate} in term {term}"
+
+    def _check_campaign(self, member: Watched, term: int) -> None:
+        """`member` asks for votes: nobody's term rises before a majority has said that it would vote so (rule 3)."""
+        granted = {member.name, *self._pre_votes.get((member.name, term), ())}
+        assert _is_majority(_membership(member), granted), (
+            f"pre-vote before every campaign: {member.name} asks for votes in term {term}, of {sorted(granted)} only"
+        )
+
+    def _check_told(self, member: Watched, commit_id: int) -> None:
+        """A client is told of what is committed up to here: it may be what a majority has on disk, and no more."""
+        if commit_id > len(self.chosen):
+            logs = [other.disk.entries for other in self._members.values()]
+            copies = Counter(log[commit_id - 1].term for log in logs if len(log) >= commit_id)
+            assert 2 * max(copies.values(), default=0) > len(_membership(member).voters), (
+                f"disk before words: {member.name} tells a client of {commit_id}, which is on no majority of disks"
+            )
 
     def restarted(self, member: Watched) -> None:
         """`member` has come back from its disk: in memory it may have fallen behind what it knew, on disk not."""
@@ -149,8 +185,14 @@ class Invariants:
 
     def _look(self, member: Watched) -> None:
         disk = member.disk
-        known = (member.raft.commit_id, member.raft.applied) if member.is_up else (disk.commit_id, disk.commit_id)
-        self._looks[member.name] = Look(disk.ballot, disk.commit_id, *known)
+        look = Look(disk.ballot, disk.commit_id, disk.commit_id, disk.commit_id)
+        if member.is_up:
+            raft = member.raft
+            look = look._replace(commit_id=raft.commit_id, applied=raft.applied)
+            if raft.is_leader:
+                matches = {peer: progress.match for peer, progress in raft.progress.items()}
+                look = look._replace(led_term=raft.term, matches=matches)
+        self._looks[member.name] = look
 
     def _check_durable(self, member: Watched) -> None:
         """Against the last look at the disk; holds across restarts too."""
@@ -209,9 +251,8 @@ class Invariants:
     def _check_majority(self, member: Watched, entry: Entry) -> None:
         """An entry is applied first when a majority of the voters, as `member` knows them, has it on disk (thesis 3.5,
         10.2.1)."""
-        membership = member.raft.membership if member.is_up else member.disk.membership
         copies = [name for name, other in self._members.items() if other.disk.holds(entry.id)]
-        assert membership.is_majority(copies), (
+        assert _is_majority(_membership(member), copies), (
             f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
         )
 
@@ -222,10 +263,30 @@ class Invariants:
         first = raft.term not in self._leaders
         leader = self._leaders.setdefault(raft.term, member.name)
         assert leader == member.name, f"election safety: {leader} and {member.name} lead term {raft.term}"
+        self._check_counted(member)
         if first:
             for chosen in self.chosen:
                 assert chosen.by_term >= raft.term or member.disk.holds(chosen.id), (
                     f"leader completeness: {member.name} leads term {raft.term} without {chosen.id}"
+                )
+
+    def _check_counted(self, member: Watched) -> None:
+        """What a leader counts: copies that are on disks, of which it forgets none, and only entries of its own term
+        commit by counting (thesis 3.6.2, rule 5; TRAPS 5, 8)."""
+        name, raft, log, before = member.name, member.raft, member.disk.entries, self._looks[member.name]
+        if before.led_term == raft.term and raft.commit_id > before.commit_id:
+            entry = log[raft.commit_id - 1]
+            assert entry.term == raft.term, f"commit by counting: {name} leads term {raft.term}, commits {entry.id}"
+        for peer, progress in raft.progress.items():
+            match, other = progress.match, self._members[peer].disk
+            assert before.led_term != raft.term or match >= before.matches.get(peer, 0), (
+                f"match never falls: {name} had {before.matches[peer]} of {peer}, has {match}"
+            )
+            if match and other.ballot.term <= raft.term:  # the leader of a later term may have cut it
+                assert match <= len(log), f"match is on disk: {name} has {len(log)} and counts {match} of {peer}"
+                assert other.holds(log[match - 1].id), (
+                    f"match is on disk: {name} leads term {raft.term} and counts {match} of {peer}, which ends with "
+                    f"{other.last.id}"
                 )
 
     def _check_reads(self, member: Watched) -> None:
@@ -234,3 +295,12 @@ class Invariants:
             if floor is not None:
                 assert shown >= floor, f"linearizable reads: {token!r} shows {shown}, {floor} was committed before it"
                 del self._read_floors[token]
+
+
+def _membership(member: Watched) -> Membership:
+    return member.raft.membership if member.is_up else member.disk.membership
+
+
+def _is_majority(membership: Membership, who: Collection[str]) -> bool:
+    """Worked out here and not by the product."""
+    return 2 * len(membership.voters.keys() & set(who)) > len(membership.voters)

@@ -14,7 +14,7 @@ from typing import Any, Final
 import lmdb
 
 from raftnode import records
-from raftnode.config import Settings
+from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
@@ -149,14 +149,23 @@ class SimulatedStore(Store):
     def write(self, ballot: Ballot | None = None) -> None:
         """As `Store.write`, if the node lives that long."""
         node = self._node
-        node.before_write()
         unwritten = self.journal.unwritten()
+        node.before_write(len(unwritten.entries))
         changed_from = unwritten.cut_from or len(node.disk.entries) + 1
+        before = self._transactions
         try:
             super().write(ballot)
         finally:
             self._look(changed_from)
+        assert self._transactions <= before + 1, f"one transaction: {node.name} could die in the middle of a write"
         node.after_write()
+
+    @property
+    def _transactions(self) -> int:
+        """How many there ever were in this file."""
+        env = self._env._env
+        assert env is not None, "the environment is open while it is written"
+        return int(env.info()["last_txnid"])
 
     def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
         """The last step of a transaction, and so the place where it can fail."""
@@ -230,6 +239,8 @@ class SimulatedNode:
         self._wall_offset = 1.8e9 + 10 * self._chance.random()
         self._busy_until = 0.0
         self._turn_planned = False
+        self._turn_ended = 0.0  # by its own clock
+        self._followed = False  # when the turn began
         self._timers = itertools.count()
         self._timer = 0
         self._election: Election | None = None
@@ -320,10 +331,18 @@ class SimulatedNode:
     def turn(self) -> None:
         """One turn of the production driver, and the checks after it."""
         self.transport.begin_turn()
+        raft = self.raft
+        self._followed = raft.role is Role.FOLLOWER
+        stalled = self.clock() - self._turn_ended > self.settings.election_low_ms / 1000
+        led = raft.term if raft.is_leader and stalled and len(raft.membership.voters) > 1 else None
         self._live(self._cycle)
+        assert led is None or not (self.is_up and raft.is_leader and raft.term == led), (
+            f"a stalled leader steps down: {self.name} still leads term {led}"
+        )
 
     def _cycle(self) -> None:
         due = self.election.cycle()
+        self._turn_ended = self.clock()
         self._timer = timer = next(self._timers)
         seconds = max(_SHORTEST, (due - self.clock()) / self.clock_rate)
 
@@ -340,7 +359,8 @@ class SimulatedNode:
         except Crash:
             self.crash()
         except StoreFailed as failure:
-            self.world.tell(f"{self.name} stops: {str(failure).partition('.')[0]}")
+            why = str(failure).replace(str(self.directory.parent), "").partition(".")[0]
+            self.world.tell(f"{self.name} stops: {why}")
             self.election.end()
             self.transport.flush()
             self.crash()
@@ -357,8 +377,12 @@ class SimulatedNode:
 
     # --- the disk ---
 
-    def before_write(self) -> None:
-        """A write transaction is about to begin."""
+    def before_write(self, entries: int) -> None:
+        """A write transaction with so many new entries is about to begin."""
+        if entries and self.room < self.settings.reserve_bytes // 2 and self.is_up and self._followed:
+            assert self.raft.role is not Role.FOLLOWER, (
+                f"a follower keeps room for its ballot: {self.name} takes {entries} entries with {self.room} bytes left"
+            )
         if self.crash_at is CrashPoint.BEFORE_WRITE:
             raise Crash
         if self.slow_disk:
@@ -383,7 +407,7 @@ class SimulatedNode:
         self.starts += 1
         self.is_paused, self.crash_at, self.write_fault = False, None, None
         self._turn_planned, self._timer = False, next(self._timers)
-        self._busy_until = 0.0
+        self._busy_until, self._followed = 0.0, False
         store = SimulatedStore(self)
         store.compare()
         self.applied = self.disk.entries[: self.disk.commit_id]
@@ -396,6 +420,7 @@ class SimulatedNode:
         if self._invariants is not None:
             self._invariants.restarted(self)
         self._live(self._election.init_timeout)
+        self._turn_ended = self.clock()
         if self.is_up:
             self.transport.open_links()
             self.want_turn()

@@ -4,7 +4,8 @@ simulated time, network and disks (`world`, `fabric`, `simulated`), with clients
 A run has two phases, as TigerBeetle's simulator has. First `faults` of every kind that the seed has chosen happen
 while clients work, and after every turn of every node all that must always hold is looked at (`invariants`, over what
 is on the disks). Then all is mended, and the cluster must come to rest: one leader, one log everywhere, every client
-answered, writes and reads that succeed at once. At last the history of the clients is judged: by the checks of
+answered, writes and reads that succeed at once. In between one member alone is made deaf, or cut off: a follower must
+not disturb the others, and a leader must give up. At last the history of the clients is judged: by the checks of
 `linearizability`, and against the log.
 
 `tools/simulate.py` runs seeds, and replays one with its transcript:
@@ -229,6 +230,7 @@ class Simulation:
                 think=options.elections * self._election_s * options.clients / options.operations,
                 value_size=options.value_size,
                 local_share=options.local_share,
+                committed=lambda: len(self.invariants.chosen),
             )
             for number in range(options.clients)
         ]
@@ -272,12 +274,47 @@ class Simulation:
         self._await("nobody waits for an answer", patience, self._nobody_waits)
         self._await("no link waits for what was lost", patience, self._links_are_well)
         self._await("one leader, and one log everywhere", patience, self._agreed)
+        if len(self.nodes) > 2:
+            self._try_out(patience)
         for number, name in enumerate(self.nodes):
             self._serve(self._clients[number % len(self._clients)], name)
         self._await("one leader, and one log everywhere", patience, self._agreed)
         self._await("all effects are on disk", patience, self._all_on_disk)
         for node in self.nodes.values():
             node.store.compare()
+
+    def _try_out(self, patience: float) -> None:
+        """One member alone hears nobody, or nobody hears it either. Is it a follower, its leader stays in office, then
+        and when it is back (rule 3; TRAPS 13, 14); is it the leader, another one takes over (TRAPS 15)."""
+        chance, weather = self.world.chance_for("trial"), self.fabric.weather
+        weather.jitter = min(weather.jitter, 0.0001)  # nothing comes late by chance alone
+        leader = next(node for node in self.nodes.values() if node.raft.is_leader)
+        term, others = leader.raft.term, [node for node in self.nodes.values() if node is not leader]
+        victim = chance.choice([leader, chance.choice(others)])
+        is_heard = chance.random() < 0.5
+        self.world.tell(f"--- {victim.name} hears nobody{'' if is_heard else ', and nobody hears it'}")
+        for name in self.nodes:
+            if name != victim.name:
+                self.fabric.cut(name, victim.name, holds=False)
+                if not is_heard:
+                    self.fabric.cut(victim.name, name, holds=False)
+        if victim is leader:
+            self._await(
+                "who can't hear does not lead, and another one does",
+                patience,
+                lambda: not leader.raft.is_leader and any(node.raft.is_leader for node in others),
+            )
+        else:
+            self.world.run(4 * self._election_s)
+        self._mended_at = self.world.now
+        self.fabric.heal_all()
+        self.world.tell("--- all is mended")
+        self._await("no link waits for what was lost", patience, self._links_are_well)
+        self._await("one leader, and one log everywhere", patience, self._agreed)
+        assert victim is leader or (leader.raft.is_leader and leader.raft.term == term), (
+            f"who hears nobody deposes nobody: {leader.name} led term {term}, until {victim.name} was cut off. "
+            f"{self._describe()}"
+        )
 
     def _await(self, what: str, patience: float, is_so: Callable[[], bool]) -> None:
         every = self.options.settings.heartbeat_ms / 1000

@@ -4,7 +4,8 @@
 
     0  facts        config (settings, roles), errors (one tree), messages (wire and log schema, limits, codec)
     1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
-                    messages), records (bytes on disk), namespaces (what a command does), mailbox (what the queue holds)
+                    messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
+                    mailbox (what the queue holds)
     2  effects      store (with environment: files and LMDB, primary: a given leader) | transport (with connections:
                     the loop's two kinds, blocking: for other threads) | log. None of the three knows another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at

@@ -40,7 +40,7 @@ from typing import Any, Final
 
 import lmdb
 import msgspec
-from msgspec import UNSET, Raw, Struct
+from msgspec import UNSET, Struct
 
 from raftnode import records
 from raftnode.blocking import LineConnection
@@ -68,7 +68,7 @@ from raftnode.messages import (
     decode_command,
     encode,
 )
-from raftnode.namespaces import Namespaces
+from raftnode.replay import Replay, Written
 
 _FACTS: Final[dict[bytes, Any]] = {
     b"format": int,
@@ -537,13 +537,6 @@ class _Member:
 # --- the committed values -------------------------------------------------------------------------------------
 
 
-class _Value(Struct, frozen=True):
-    """What the log says of a key: its record, without the value, and the checksum of the whole."""
-
-    record: records.Record
-    checksum: bytes
-
-
 def _wrong_values(env: Environment, txn: lmdb.Transaction, log: _Log, tell: Tell) -> dict[bytes, bytes | None]:
     """What has to be written so that the committed values are what the log makes of nothing: by store key, the packed
     value, or None where there should be none. Memory is needed for every key, but only for the values that are wrong.
@@ -575,34 +568,22 @@ def _wrong_values(env: Environment, txn: lmdb.Transaction, log: _Log, tell: Tell
     return wrong
 
 
-def _replay(log: _Log) -> dict[bytes, _Value]:
+def _replay(log: _Log) -> dict[bytes, Written]:
     """What all committed entries, from the first, make of empty namespaces."""
-    state: dict[bytes, _Value] = {}
-    namespaces = Namespaces()
-
-    def find(key: bytes) -> records.Record | None:
-        value = state.get(key)
-        return None if value is None else value.record
-
+    replay = Replay()
     for commit_id in range(log.first, log.facts.commit_id + 1):
         try:
-            namespaces.apply(log.entry(commit_id), find)
+            replay.apply(log.entry(commit_id))
         except ProtocolError as error:
             raise StoreDamaged(f"{log.path} can't be repaired: entry {commit_id}: {error}. {LOST}") from error
-        for key, record in namespaces.changes.items():
-            if record is None:
-                del state[key]
-            else:
-                state[key] = _Value(msgspec.structs.replace(record, value=Raw()), records.pack_record(key, record)[:4])
-        namespaces.changes.clear()
-    return state
+    return replay.state
 
 
-def _rebuilt(log: _Log, key: bytes, value: _Value) -> bytes:
+def _rebuilt(log: _Log, key: bytes, value: Written) -> bytes:
     """The packed value, from the entry that wrote it."""
-    command = decode_command(log.entry(value.record.modified).command)
-    assert isinstance(command, PutCommand), f"entry {value.record.modified} wrote a value"
-    packed = records.pack_record(key, msgspec.structs.replace(value.record, value=command.value))
+    command = decode_command(log.entry(value.modified).command)
+    assert isinstance(command, PutCommand), f"entry {value.modified} wrote a value"
+    packed = records.pack_record(key, msgspec.structs.replace(value.without_value, value=command.value))
     assert packed.startswith(value.checksum), "the log says the same each time"
     return packed
 

@@ -14,7 +14,7 @@ PACKAGE = Path(raftnode.__file__).parent
 
 LAYERS: dict[str, set[str]] = {
     "0 facts": {"config", "errors", "messages", "version"},
-    "1 pure": {"consensus", "framing", "mailbox", "namespaces", "records"},
+    "1 pure": {"consensus", "framing", "mailbox", "namespaces", "records", "replay"},
     "2 store": {"environment", "primary", "store"},
     "2 transport": {"blocking", "connections", "transport"},
     "2 log": {"log"},
@@ -24,7 +24,7 @@ LAYERS: dict[str, set[str]] = {
 }
 BESIDE = "testing"
 
-PURE = {"consensus", "framing", "namespaces", "records"}
+PURE = {"consensus", "framing", "namespaces", "records", "replay"}
 PURE_IMPORTS = {
     "__future__",
     "collections",
@@ -96,7 +96,7 @@ def test_imports_only_go_down(path: Path) -> None:
 
 @pytest.mark.parametrize(
     "path",
-    [p for p in modules() if top_name(p) in {"consensus", "framing", "namespaces", "records"}],
+    [p for p in modules() if top_name(p) in PURE],
     ids=lambda p: p.stem,
 )
 def test_pure_modules_have_no_effects(path: Path) -> None:

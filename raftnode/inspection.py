@@ -37,6 +37,7 @@ from raftnode import records
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
+from raftnode.consensus.witness import Witness
 from raftnode.environment import explain_open_error, open_reader
 from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreFailed, StoreForeign, StoreTooNew
 from raftnode.messages import GENESIS, LMDB_KEY_BYTES, AnyCommand, Entry, chain, decode_command
@@ -67,6 +68,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     """The point before the first kept entry. None only when damaged."""
     memberships: list[Membership]
     """The newest committed one, and the staged ones after it; the last is in force."""
+    witnesses: dict[str, Witness]
+    """What this node remembers of the promises of the others, by address."""
     damage: list[str]
 
 
@@ -175,6 +178,7 @@ class Directory:
             commit_id=fact(b"commit_id", int, 0),
             base=fact(b"base", Mark, Mark(GENESIS, 0)),
             memberships=fact(b"memberships", list[Membership], []) or [],
+            witnesses=fact(b"witnesses", dict[str, Witness], {}) or {},
             damage=damage,
         )
 

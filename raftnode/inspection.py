@@ -1,7 +1,7 @@
 """Reading a data directory from outside: every record with the result of its check. Layer 5.
 
-A `Directory` is one LMDB read transaction: one consistent snapshot, of a live node or a dead one, and nothing is ever
-written. It differs from the store in what it does about damage: the store stops at the first record that does not match
+A `Directory` looks at a live node's data or a dead one's through LMDB's read transactions, and nothing is ever written.
+It differs from the store in what it does about damage: the store stops at the first record that does not match
 its checksum, this goes on, tells what is wrong, and reads what can still be read. So damage is a text beside a record
 here, and an error only when nothing at all can be read.
 
@@ -14,8 +14,11 @@ How it gets past damage:
   the damage is exactly one entry;
 * a committed value that does not match its checksum is read as if it did, and marked.
 
-An open Directory holds back the reuse of pages on a live node: its file grows as long as somebody reads and the node
-writes.
+An open read transaction holds back the reuse of pages on a live node: its file grows as long as somebody reads and the
+node writes. So no *look*, which is one transaction and one consistent snapshot, is held for longer than half a second,
+nor while the output waits for whoever reads it (`release`); the next read takes a new look. What is committed in the
+log is the same in each; staged entries may have been cut meanwhile, which a `LogReading` notices; values may have
+changed, which `on_new_look` tells.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
+import time
 import zlib
+from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -44,6 +49,10 @@ from raftnode.messages import GENESIS, LMDB_KEY_BYTES, AnyCommand, Entry, chain,
 
 _T = TypeVar("_T")
 
+HOLD_S: Final = 0.5
+"""How long a look is held at the most. A node under full load writes some 10 MB meanwhile."""
+_BETWEEN_CLOCKS: Final = 0xFF
+"""The clock is looked at once in so many positions or values, and one."""
 _MOST_SEEDS: Final = 3
 _MOST_BAD_PLACES: Final = 50
 """Each costs some milliseconds to get past."""
@@ -106,18 +115,31 @@ class Reader(Struct, frozen=True):
 class Directory:
     """An open data directory, for reading. A context manager; `close` ends it.
 
-    Public facts: `path`, `facts`, `first` and `last` (commit_ids; `last` is below `first` in an empty log).
+    Public facts: `path`; `facts`, as of the first look; as of the newest one `committed` (the commit_id on disk),
+    `first` and `last` (the ends of the log; `last` is below `first` in an empty one); `looks`, which counts them.
     """
 
     def __init__(self, path: Path, map_bytes: int) -> None:
         """Raises StoreForeign, StoreTooNew, StoreDamaged or StoreFailed, each saying what to do."""
         self.path = path
-        self._env = _open(path, map_bytes)
+        self.looks = 0
+        self.on_new_look: Callable[[], None] | None = None
+        """Called when a new look sees what a node has written since the one before."""
+        self._map_bytes = map_bytes
+        self._held: lmdb.Transaction | None = None
+        self._seen: int | None = None
+        self._open_env()
+
+    def _open_env(self) -> None:
+        path = self.path
+        self._file = _identity(path)
+        self._env = _open(path, self._map_bytes)
         try:
             self._dbs = self._open_databases()
-            self._txn = self._env.begin()
             self.facts = self._read_facts()
+            self.committed = self.facts.commit_id
             self.first, self.last = self._ends()
+            self._seen = self._txn.id()
         except lmdb.Error as error:
             self._env.close()
             raise explain_open_error(path, error) from error
@@ -134,9 +156,59 @@ class Directory:
         self.close()
 
     def close(self) -> None:
-        """End the snapshot. May be called twice."""
-        self._txn.abort()
+        """End the look. May be called twice."""
+        self.release()
         self._env.close()
+
+    # --- looks ---
+
+    def release(self) -> None:
+        """End the look; the next read takes a new one."""
+        if self._held is not None:
+            self._held.abort()
+            self._held = None
+            self.looks += 1
+
+    def release_if_long(self) -> None:
+        """End the look if it has been held for long."""
+        if self._held is not None and time.monotonic() - self._since > HOLD_S:
+            self.release()
+
+    @property
+    def _txn(self) -> lmdb.Transaction:
+        """The look: the one that is held, or a new one."""
+        if self._held is None:
+            self._held = self._env.begin()
+            self._since = time.monotonic()
+            self._log = self._held.cursor(self._dbs[records.LOG])
+            if self._seen not in (None, self._held.id()):
+                self._take_news(self._held)
+        return self._held
+
+    def _take_news(self, txn: lmdb.Transaction) -> None:
+        """What has changed since the look before."""
+        self._seen = txn.id()
+        stored = txn.get(b"commit_id", db=self._dbs[records.META])
+        if stored is not None and self.committed is not None:
+            with contextlib.suppress(StoreDamaged):  # then it stays at what was read before
+                self.committed = records.unpack_meta(b"commit_id", bytes(stored), int)
+        self.first, self.last = self._ends()
+        if self.on_new_look is not None:
+            self.on_new_look()
+
+    def look_again(self) -> None:
+        """A new look, also when the file was replaced by another one, or a node has started on a copy that had none.
+
+        Raises StoreForeign when the directory now holds another node, and what the constructor raises."""
+        self.release()
+        if _identity(self.path) == self._file:
+            return
+        node = self.facts.node
+        self._env.close()
+        self._seen = None
+        self._open_env()
+        if self.facts.node != node:
+            raise StoreForeign(f"{self.path} now holds node {self.facts.node}; it was node {node}")
 
     # --- opening ---
 
@@ -164,7 +236,7 @@ class Directory:
                 damage.append(str(error))
             except lmdb.Error as error:
                 damage.append(f"the record {name.decode()!r} of the node can't be read: {error}")
-                self._renew()
+                self.release()
             return None
 
         format_version = fact(b"format", int)
@@ -196,7 +268,7 @@ class Directory:
 
     def _ends(self) -> tuple[int, int]:
         """The first and last commit_id that should be there: counted, as any single key may be damaged."""
-        base, committed = self.facts.base, self.facts.commit_id or 0
+        base, committed = self.facts.base, self.committed or 0
         if base is not None:
             return base.id.commit_id + 1, max(base.id.commit_id + self._count(records.LOG), committed)
         first = self._position_from(b"")
@@ -204,74 +276,66 @@ class Directory:
             return 1, 0
         return first, max(first - 1 + self._count(records.LOG), committed)
 
-    def _renew(self) -> None:
-        """A new transaction in place of one that met a damaged page: LMDB lets nothing more be done with that one.
-
-        It is the same snapshot unless a node has written meanwhile. What has committed does not change, so a listing
-        may go on.
-        """
-        self._txn.abort()
-        self._txn = self._env.begin()
-
     def _guarded(self, read: Callable[[], _T]) -> _T:
         """Do one read; when it meets a page that LMDB can't read, raise StoreDamaged and leave a usable transaction."""
         try:
             return read()
         except lmdb.Error as error:
-            self._renew()
+            self.release()
             raise StoreDamaged(str(error)) from error
 
     # --- the log ---
 
-    def entries(self, first: int = 1, last: int | None = None) -> Iterator[LogRecord]:
-        """The kept entries from `first` to `last` (default: all), in order, each checked. Seeks to `first`, keeps
-        nothing: a million entries need no more memory than ten."""
-        upto = self.last if last is None else min(last, self.last)
-        first = max(first, self.first)
-        start = max(first - 1, self.first)  # one before, so that the seed is sound even if its stored checksum is not
-        seeds = self._seed(start)
-        lost: LogRecord | None = None
-        for commit_id in range(start, upto + 1):
-            stored, problem = self._look_up(commit_id)
-            if stored is None:
-                seeds = ()
-                if commit_id >= first:
-                    lost, done = _add_lost(lost, commit_id, problem)
-                    yield from done
-                continue
-            if lost is not None:
-                yield lost
-                lost = None
-            record, seeds = check_entry(commit_id, stored, seeds)
-            if commit_id >= first:
-                yield record
-        if lost is not None:
-            yield lost
+    def entries(
+        self, first: int = 1, last: int | None = None, on_cut: Callable[[int], None] | None = None
+    ) -> Iterator[LogRecord]:
+        """The kept entries from `first` to `last` (default: all that there are now), in order, each checked. Seeks to
+        `first`, keeps nothing: a million entries need no more memory than ten. For `on_cut` see LogReading."""
+        yield from LogReading(self, first, on_cut).upto(self.last if last is None else last)
         yield from self._strays(last)
 
-    def _seed(self, start: int) -> tuple[int, ...]:
+    def position_of_term(self, term: int) -> int | None:
+        """The first position with this term or a later one, found by halving, as terms never fall along a log; `last`
+        + 1 if there is none. None when damage is met, and only a scan can tell."""
+        low, high = self.first, self.last + 1
+        while low < high:
+            middle = (low + high) // 2
+            record = next(LogReading(self, middle).upto(middle), None)
+            if record is None or record.entry is None or record.damage:
+                return None
+            low, high = (low, middle) if record.entry.term >= term else (middle + 1, high)
+        return low
+
+    def checksums_before(self, start: int) -> tuple[int, ...]:
         """The checksum before `start`; nothing when it can't be told, and then the first entry goes unchecked."""
         if start == self.first:
             return () if self.facts.base is None else (self.facts.base.checksum,)
-        stored, _ = self._look_up(start - 1)
+        found = self.checksum_at(start - 1)
+        return () if found is None else (found,)
+
+    def checksum_at(self, commit_id: int) -> int | None:
+        """The checksum that is stored with an entry; None when there is none to be read."""
+        stored, _ = self.look_up(commit_id)
         if stored is not None:
             with contextlib.suppress(StoreDamaged):
-                return (records.unpack_entry(start - 1, stored).checksum,)
-        return ()
+                return records.unpack_entry(commit_id, stored).checksum
+        return None
 
-    def _look_up(self, commit_id: int) -> tuple[bytes | None, str]:
+    def look_up(self, commit_id: int) -> tuple[bytes | None, str]:
         """The stored bytes of a position, or why there are none."""
         try:
-            stored = self._txn.get(records.log_key(commit_id), db=self._dbs[records.LOG])
+            if self._held is None:
+                _ = self._txn
+            stored = self._log.get(records.log_key(commit_id))
         except lmdb.Error as error:
-            self._renew()
+            self.release()
             return None, f"can't be read: {error}"
-        return (None, "not in the log") if stored is None else (bytes(stored), "")
+        return (None, "not in the log") if stored is None else (stored, "")
 
     def _strays(self, last: int | None) -> Iterator[LogRecord]:
         """Entries past the end that the count gives: with a hole in the log, or when a key was changed."""
-        commit_id = self.last + 1
-        while last is None or commit_id <= last:
+        commit_id, looks = self.last + 1, self.looks
+        while (last is None or commit_id <= last) and looks == self.looks:  # in another look the log may be longer
             try:
                 found = self._position_from(records.log_key(commit_id))
             except (StoreDamaged, struct.error) as error:
@@ -279,7 +343,7 @@ class Directory:
                 return
             if found is None or (last is not None and found > last):
                 return
-            stored, problem = self._look_up(found)
+            stored, problem = self.look_up(found)
             if stored is None:
                 yield LogRecord(found, None, f"entry {found}: {problem}", found)
             else:
@@ -317,7 +381,7 @@ class Directory:
     def _values(self, start: bytes) -> Iterator[StoredValue]:
         """Everything whose store key begins with `start`, also past pages that can't be read."""
         position: bytes | None = start
-        shown = 0
+        shown, looks = 0, self.looks
         for attempt in range(_MOST_BAD_PLACES):
             if position is None:
                 return
@@ -330,12 +394,12 @@ class Directory:
                     elif not value.damage:  # a changed key may stand anywhere
                         return
                     after = key + b"\0"
-                if not start and not attempt and shown != self.keys:
+                if not start and not attempt and looks == self.looks and shown != self.keys:
                     text = f"{self.keys} values should be there, but {shown} are: a page is damaged"
                     yield StoredValue(None, None, None, text)
                 return
             except lmdb.Error as error:
-                self._renew()
+                self.release()
                 position = self._next_readable(after)
                 yield StoredValue(None, None, None, f"values from {_shown(after)} on can't be read: {error}")
         yield StoredValue(None, None, None, "too many pages can't be read: the rest is not listed")
@@ -343,10 +407,24 @@ class Directory:
     def _walk(self, position: bytes) -> Iterator[tuple[bytes, StoredValue]]:
         """The values from a key on, in the order of the pages: so one whose key was changed is met as well. Stepping on
         to a page of zeros ends the process, inside LMDB: who calls this on a damaged directory is `supervised`."""
-        with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
-            if cursor.set_range(position):
-                for key, stored in cursor.iternext():
-                    yield key, _check_value(key, stored)
+        done = None
+        while True:
+            looks = self.looks
+            with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+                if not cursor.set_range(position):
+                    return
+                for number, (found, stored) in enumerate(cursor.iternext()):
+                    key = bytes(found)
+                    if key == done:
+                        continue
+                    yield key, _check_value(key, bytes(stored))
+                    position = done = key
+                    if not number & _BETWEEN_CLOCKS:
+                        self.release_if_long()
+                    if self.looks != looks:
+                        break
+                else:
+                    return
 
     def _next_readable(self, lost: bytes) -> bytes | None:
         """The first key from which LMDB can read again, found by halving; None when there is none."""
@@ -367,7 +445,7 @@ class Directory:
                 if cursor.set_range(key):
                     cursor.item()
         except lmdb.Error:
-            self._renew()
+            self.release()
             return False
         return True
 
@@ -418,9 +496,103 @@ class Directory:
         try:
             stat = self._txn.stat(self._dbs[name])
         except lmdb.BadTxnError:  # an earlier read met a damaged page, and LMDB tells only now
-            self._renew()
+            self.release()
             stat = self._txn.stat(self._dbs[name])
         return stat["entries"], stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]
+
+
+class LogReading:
+    """The log from a position on, read while a node may be writing it.
+
+    A look is not held for long, and in the next one staged entries may have been cut and others may stand in their
+    place. Then `on_cut` is called with the first position of those that were read before and are no longer there, and
+    the reading goes on from that position. For this it keeps the checksums, 4 bytes each, of the entries that it has
+    read and that were not committed yet.
+
+    Public facts: `next`, the position that is read next.
+    """
+
+    def __init__(self, directory: Directory, first: int, on_cut: Callable[[int], None] | None = None) -> None:
+        self._directory = directory
+        self._on_cut = on_cut
+        self.next = max(first, directory.first)
+        self._staged = array("I")
+        """Of the positions right before `next`."""
+        self._looks = directory.looks
+        self._seeds = self._seeds_at(self.next)
+
+    def _seeds_at(self, start: int) -> tuple[int, ...]:
+        """The seeds for a position, from a look at the entry before it: sound even if its stored checksum is not."""
+        before = start - 1
+        if not self._directory.first <= before <= self._directory.last:
+            return self._directory.checksums_before(start)
+        stored, _ = self._directory.look_up(before)
+        if stored is None:
+            return ()
+        return check_entry(before, stored, self._directory.checksums_before(before))[1]
+
+    def upto(self, last: int) -> Iterator[LogRecord]:
+        """The entries from `next` to `last`, or to where the log ends. Positions that are lost come as one record."""
+        directory = self._directory
+        lost: LogRecord | None = None
+        while True:
+            commit_id = self.next
+            if not commit_id & _BETWEEN_CLOCKS:
+                directory.release_if_long()
+            if directory.looks != self._looks:
+                self._look_back()
+                commit_id = self.next
+            if commit_id > last or commit_id > directory.last:
+                break
+            stored, problem = directory.look_up(commit_id)
+            self.next = commit_id + 1
+            if stored is None:
+                self._seeds = ()
+                self._remember(commit_id, 0)
+                lost, done = _add_lost(lost, commit_id, problem)
+                yield from done
+                continue
+            if lost is not None:
+                yield lost
+                lost = None
+            record, self._seeds = check_entry(commit_id, stored, self._seeds)
+            if directory.committed is None or commit_id > directory.committed:
+                self._remember(commit_id, 0 if record.entry is None else record.entry.checksum)
+            yield record
+        if lost is not None:
+            yield lost
+
+    def _remember(self, commit_id: int, checksum: int) -> None:
+        if commit_id > (self._directory.committed or 0):
+            self._staged.append(checksum)
+
+    def _look_back(self) -> None:
+        """In a new look: is what was read still there? Those of the staged that have committed are forgotten."""
+        directory, start = self._directory, self.next - len(self._staged)
+        newest = directory.checksum_at(self.next - 1)  # takes the look
+        self._looks = directory.looks
+        if self._staged:
+            if (newest or 0) != self._staged[-1]:
+                self._go_back(start)
+        elif self._seeds and self.next > directory.first and newest != self._seeds[0]:
+            raise StoreForeign(
+                f"{directory.path}: entry {self.next - 1}, which was committed, is not there any more: the directory "
+                "was replaced by another copy"
+            )
+        settled = (directory.committed or 0) - start + 1
+        if settled > 0:
+            del self._staged[:settled]
+
+    def _go_back(self, start: int) -> None:
+        """To the first entry, of the staged ones that were read, that is no longer there."""
+        same = 0
+        while (self._directory.checksum_at(start + same) or 0) == self._staged[same]:
+            same += 1
+        del self._staged[same:]
+        self.next = start + same
+        self._seeds = self._seeds_at(self.next)
+        if self._on_cut is not None:
+            self._on_cut(self.next)
 
 
 def command_of(entry: Entry) -> tuple[AnyCommand | None, str]:
@@ -449,6 +621,16 @@ def _json_string(text: bytes | None) -> str | None:
         return text[1:-1].decode(errors="backslashreplace")
 
 
+def _identity(path: Path) -> object:
+    """What changes when another data file is put in place of this one, or LMDB's table of readers appears beside it."""
+    file = path / records.DATA_FILE
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, Path(f"{file}-lock").exists()
+
+
 def _open(path: Path, map_bytes: int) -> lmdb.Environment:
     try:
         if path.exists() and not path.is_dir():
@@ -473,6 +655,10 @@ def check_entry(commit_id: int, stored: bytes, seeds: tuple[int, ...]) -> tuple[
     entry, problem = _salvage_entry(commit_id, stored)
     if entry is None:
         return LogRecord(commit_id, None, problem, commit_id), ()
+    if not problem and len(seeds) == 1:  # nearly all
+        seed = chain(seeds[0], entry.term, commit_id, entry.time, entry.command)
+        if seed == entry.checksum:
+            return LogRecord(commit_id, entry), (seed,)
     computed = [chain(seed, entry.term, commit_id, entry.time, entry.command) for seed in seeds]
     if not seeds or entry.checksum in computed:
         return LogRecord(commit_id, entry, problem), (entry.checksum,)

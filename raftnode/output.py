@@ -213,8 +213,12 @@ many_directories = options(
 
 
 def open_directory(output: Output, directory: Path, as_json: bool) -> Directory:
-    """Open a directory and print what is wrong with its facts before anything else."""
+    """Open a directory and print what is wrong with its facts before anything else.
+
+    When the output has to wait for its reader, the directory's look ends: a paused pager does not make a live node's
+    file grow."""
     opened = Directory(directory, Settings().map_bytes)
+    output.spool.before_waiting.append(opened.release)
     for reason in opened.facts.damage:
         output.damage += 1
         if as_json:

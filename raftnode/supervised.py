@@ -13,7 +13,9 @@ import contextlib
 import mmap
 import os
 import resource
+import select
 import signal
+import stat
 import struct
 from collections.abc import Callable
 from typing import BinaryIO, Final
@@ -28,10 +30,15 @@ class OutputFailed(OSError):
 
 
 class Spool:
-    """Bytes on their way to a stream, in memory that survives this process. On a terminal every line goes at once."""
+    """Bytes on their way to a stream, in memory that survives this process. On a terminal every line goes at once.
+
+    Those in `before_waiting` are called each time before the stream, a pipe or a terminal, makes this process wait.
+    """
 
     def __init__(self, stream: BinaryIO) -> None:
+        self.before_waiting: list[Callable[[], None]] = []
         self._stream = stream
+        self._poll = _poll_for(stream)
         self._eager = stream.isatty()
         self._memory = mmap.mmap(-1, _length.size + _ROOM)
 
@@ -60,17 +67,42 @@ class Spool:
         rest = memoryview(data)
         try:
             while rest:  # an unbuffered stream may take a part
-                rest = rest[self._stream.write(rest) :]
-            self._stream.flush()
+                part = rest if self._poll is None else rest[: select.PIPE_BUF]
+                if self._poll is not None and not self._poll.poll(0):
+                    for call in self.before_waiting:
+                        call()
+                    self._poll.poll()
+                rest = rest[self._stream.write(part) :]
+                self._stream.flush()
         except BrokenPipeError:
             raise
         except OSError as error:
             raise OutputFailed(error.errno, error.strerror) from error
 
+    def is_wanted(self, timeout_ms: int) -> bool:
+        """Wait; False, and at once, when nobody reads the stream any more."""
+        poll = select.poll()
+        if self._poll is not None:
+            poll.register(self._stream.fileno(), 0)  # errors are always told
+        return not poll.poll(timeout_ms)
+
     @property
     def _used(self) -> int:
         used: int = _length.unpack_from(self._memory)[0]
         return used
+
+
+def _poll_for(stream: BinaryIO) -> select.poll | None:
+    """Tells whether PIPE_BUF bytes can be written without waiting; None for a file, which never makes anyone wait."""
+    try:
+        number = stream.fileno()
+        if stat.S_ISREG(os.fstat(number).st_mode):
+            return None
+    except OSError:  # a stream in memory
+        return None
+    poll = select.poll()
+    poll.register(number, select.POLLOUT)
+    return poll
 
 
 def supervise(work: Callable[[], object], crashed: Callable[[str], int]) -> int:

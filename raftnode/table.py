@@ -72,6 +72,11 @@ class Table:
         if len(self._sample) == _SAMPLE_ROWS:
             self._settle(grow=True)
 
+    def settle(self) -> None:
+        """Write what waits, though more rows will come."""
+        if self._sample is not None:
+            self._settle(grow=True)
+
     def finish(self) -> None:
         """Write what still waits."""
         if self._sample is not None:

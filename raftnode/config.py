@@ -80,7 +80,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pipeline_requests: int = 1000
     """Requests of one connection that are not answered yet; past that the node stops reading from it."""
     in_flight_bytes: int = 256 * MIB
-    """Size of all requests that are not answered yet; past that: `overloaded`."""
+    """Size of all requests that are not answered yet. Half of it is for who comes first, half in equal shares for all
+    connections; past that: `overloaded`."""
     client_bytes: int = 512 * MIB
     """What all clients together may keep at the node besides requests under way: messages that are not whole yet, and
     answers that were not taken. Past that the one that keeps most has its message refused, or is cut off."""

@@ -142,6 +142,7 @@ class Connection(Wire):
         self._backlog_bytes = 0  # what has come into the backlog since it was empty
         self._unread = b""  # came when there was no time to look at it
         self._under_way = 0
+        self._under_way_bytes = 0
         self._in_order = False  # a request without id is under way
         self._is_paused = False
         self._is_closing = False  # nothing more is taken; what is under way is still answered
@@ -225,7 +226,7 @@ class Connection(Wire):
             self._backlog.popleft()
             if isinstance(item, _Refused):
                 self._send_soon(item.answer)
-            elif self._may_not_be_refused(item) or self.owner.has_memory_for(item.size):
+            elif self._may_not_be_refused(item) or self.owner.has_memory_for(item.size, self._under_way_bytes):
                 self._begin(item)
                 ready.append(item)
             else:
@@ -298,12 +299,14 @@ class Connection(Wire):
 
     def _begin(self, arrival: Arrival) -> None:
         self._under_way += 1
+        self._under_way_bytes += arrival.size
         self.owner.in_flight_bytes += arrival.size
         if arrival.id is UNSET:
             self._in_order = True
 
     def _finish(self, arrival: Arrival) -> None:
         self._under_way -= 1
+        self._under_way_bytes -= arrival.size
         self.owner.in_flight_bytes -= arrival.size
         if arrival.id is UNSET:
             self._in_order = False

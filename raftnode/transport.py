@@ -373,9 +373,12 @@ class Transport:
     def _is_crowded(self) -> bool:
         return len(self._connections) >= self.settings.connections
 
-    def has_memory_for(self, size: int) -> bool:
-        """True when a request of so many bytes may be taken, beside those that are under way."""
-        return self.in_flight_bytes + size <= self.settings.in_flight_bytes
+    def has_memory_for(self, size: int, under_way: int) -> bool:
+        """True when a request of so many bytes may be taken, beside those of its connection (`under_way`, in bytes) and
+        of all others. Half of the memory is for who comes first; of the other half each connection has an equal share,
+        so that who asks for little is served beside those who ask for all that they can."""
+        half = self.settings.in_flight_bytes // 2
+        return self.in_flight_bytes + size <= half or under_way + size <= half // max(1, len(self._connections))
 
     @property
     def is_full(self) -> bool:

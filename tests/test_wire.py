@@ -995,6 +995,20 @@ def test_full_mailbox(start: Start, connect: Connect, with_ids: bool) -> None:
         assert_serves(client)
 
 
+def test_who_asks_for_little_is_served_beside_who_asks_for_all(start: Start, connect: Connect) -> None:
+    """The memory for requests under way is shared: a client that fills all that it gets is refused more, and leaves the
+    next one its share (config, `in_flight_bytes`). Brought about on a node without a majority, where writes wait."""
+    node = start([free_address()], in_flight_bytes=40_000)
+    greedy, modest = connect(node), connect(node)
+    modest.ask(type="ping")
+    greedy.send(b"".join(line({"type": "put", "key": "k", "value": "x" * 1000, "id": n}) for n in range(100)))
+    refused = greedy.answers(100 - 20)
+    assert {answer["error"]["code"] for answer in refused} == {"overloaded"}
+    assert modest.ask(type="get", key="k", consistency="local")["data"]["version"] == 0
+    modest.send(line({"type": "put", "key": "k", "value": "x" * 1000, "id": 1}))
+    assert_refused(modest.answers(1)[0], "no_leader", "not executed")
+
+
 @pytest.mark.parametrize("limit", ["mailbox_batches", "in_flight_bytes"])
 def test_what_members_say_finds_room_at_a_full_node(start: Start, connect: Connect, limit: str) -> None:
     """Clients that fill the mailbox (here: one batch), or all the memory for requests (one byte), must not end the rule

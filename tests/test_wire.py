@@ -998,7 +998,7 @@ def test_full_mailbox(start: Start, connect: Connect, with_ids: bool) -> None:
 def test_who_asks_for_little_is_served_beside_who_asks_for_all(start: Start, connect: Connect) -> None:
     """The memory for requests under way is shared: a client that fills all that it gets is refused more, and leaves the
     next one its share (config, `in_flight_bytes`). Brought about on a node without a majority, where writes wait."""
-    node = start([free_address()], in_flight_bytes=40_000)
+    node = start([free_address()], in_flight_bytes=40_000, request_timeout_ms=500)
     greedy, modest = connect(node), connect(node)
     modest.ask(type="ping")
     greedy.send(b"".join(line({"type": "put", "key": "k", "value": "x" * 1000, "id": n}) for n in range(100)))

@@ -53,6 +53,8 @@ HOLD_S: Final = 0.5
 """How long a look is held at the most. A node under full load writes some 10 MB meanwhile."""
 _BETWEEN_CLOCKS: Final = 0xFF
 """The clock is looked at once in so many positions or values, and one."""
+_COUNTED_AT_ONCE: Final = 50_000
+_META_PAGES: Final = 2
 _MOST_SEEDS: Final = 3
 _MOST_BAD_PLACES: Final = 50
 """Each costs some milliseconds to get past."""
@@ -112,6 +114,15 @@ class Reader(Struct, frozen=True):
     """The snapshot that it holds; None while it holds none."""
 
 
+class NamespaceSize(Struct, frozen=True):
+    """What a namespace holds."""
+
+    namespace: str
+    keys: int
+    bytes: int
+    """Of its keys, and of its values as they are stored."""
+
+
 class Directory:
     """An open data directory, for reading. A context manager; `close` ends it.
 
@@ -125,6 +136,8 @@ class Directory:
         self.looks = 0
         self.on_new_look: Callable[[], None] | None = None
         """Called when a new look sees what a node has written since the one before."""
+        self.hold_s = HOLD_S
+        """How long a look may be held. Who needs one look for all raises it, and reads little or not for long."""
         self._map_bytes = map_bytes
         self._held: lmdb.Transaction | None = None
         self._seen: int | None = None
@@ -171,7 +184,7 @@ class Directory:
 
     def release_if_long(self) -> None:
         """End the look if it has been held for long."""
-        if self._held is not None and time.monotonic() - self._since > HOLD_S:
+        if self._held is not None and time.monotonic() - self._since > self.hold_s:
             self.release()
 
     @property
@@ -473,11 +486,44 @@ class Directory:
         return self._count(records.LOG)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes: `file` (on disk), `used` (pages that hold data in this snapshot) and `map` (the file's bound)."""
-        page = self._env.stat()["psize"]
+        """Bytes: `file` (on disk), `used` (pages that hold data in this look), `free` (pages that hold none, to be used
+        again) and `map` (the file's bound)."""
+        main, info = self._env.stat(), self._env.info()
+        page = main["psize"]
         used = sum(self._measure(name)[1] for name in self._dbs)
+        inner = _META_PAGES + main["branch_pages"] + main["leaf_pages"]
+        free = max(0, info["last_pgno"] + 1 - inner - used)
         file = (self.path / records.DATA_FILE).stat().st_size
-        return {"file": file, "used": used * page, "map": self._env.info()["map_size"]}
+        return {"file": file, "used": used * page, "free": free * page, "map": info["map_size"]}
+
+    def namespaces(self, advance: Callable[[int], None]) -> list[NamespaceSize]:
+        """How much each namespace holds; `advance` is told how many keys were counted. Looks at every key. While a node
+        writes, what is counted later is as of a later look. Raises StoreDamaged."""
+        found: dict[bytes, list[int]] = {}
+        position: bytes | None = b""
+        try:
+            while position is not None:
+                position = self._count_some(position, found)
+                advance(_COUNTED_AT_ONCE)
+        except lmdb.Error as error:
+            raise StoreDamaged(f"the keys can't be counted: {error}") from error
+        return [NamespaceSize(name.decode(errors="backslashreplace"), *counts) for name, counts in found.items()]
+
+    def _count_some(self, position: bytes, found: dict[bytes, list[int]]) -> bytes | None:
+        """Count from a key on, in a look of its own; the key to go on from. Only lengths of values are read, not their
+        pages."""
+        with self._env.begin(buffers=True) as txn, txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+            if not cursor.set_range(position):
+                return None
+            for number, (buffer, stored) in enumerate(cursor.iternext()):
+                key = bytes(buffer)
+                if number == _COUNTED_AT_ONCE:
+                    return key
+                name, _, rest = key.partition(b"\0")
+                counts = found.setdefault(name, [0, 0])
+                counts[0] += 1
+                counts[1] += len(rest) + len(stored)
+        return None
 
     def readers(self) -> list[Reader]:
         """Who reads or has read, this reader too; LMDB's table of them tells it as text."""
@@ -601,6 +647,11 @@ def command_of(entry: Entry) -> tuple[AnyCommand | None, str]:
         return decode_command(entry.command), ""
     except ProtocolError as error:
         return None, str(error)
+
+
+def in_json(text: str) -> bytes:
+    """A text as it stands in a command, which has one JSON form: where these bytes are not, the text is not."""
+    return msgspec.json.encode(text)[1:-1]
 
 
 def salvage_command(command: bytes) -> tuple[str | None, str | None, str | None]:

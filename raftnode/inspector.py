@@ -10,6 +10,8 @@ none changes its meaning. Every line of `--json` is one object whose `record` sa
                last membership keys sizes readers
     damage     commit_id to: something that could not be read at all; positions in the log when it was there
 
+and those of `verify`, `diff`, `best` and `timeline`, which are in `comparing`.
+
 `time` is the leader's wall clock in ms since 1970. `kind` is put, delete, members or noop; a field that a kind does
 not have is null. `size` counts the bytes of the command. `checksum` is the rolling one, 8 hex digits: equal checksums
 at one commit_id in two directories mean equal histories up to there. `state` is committed or staged, null when that
@@ -29,6 +31,7 @@ import click
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from raftnode.comparing import COMMANDS
 from raftnode.config import Settings
 from raftnode.errors import StoreDamaged
 from raftnode.inspection import Directory, LogRecord, StoredValue, command_of, salvage_command
@@ -514,6 +517,10 @@ def _point_text(point: Point | None) -> str:
     if point is None:
         return "-"
     return f"commit_id {point.commit_id}, term {point.term}, checksum {point.checksum}, {utc(point.time)}"
+
+
+for _command in COMMANDS:
+    main.add_command(_command)
 
 
 def _main() -> NoReturn:

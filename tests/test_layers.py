@@ -20,7 +20,20 @@ LAYERS: dict[str, set[str]] = {
     "2 log": {"log"},
     "3 driver": {"election", "handshake", "requests"},
     "4 node": {"client", "raftnode"},
-    "5 faces": {"__main__", "cli", "inspection", "inspector", "output", "repair", "supervised", "table"},
+    "5 faces": {
+        "__main__",
+        "cli",
+        "comparing",
+        "comparison",
+        "inspection",
+        "inspector",
+        "output",
+        "repair",
+        "supervised",
+        "survey",
+        "table",
+        "verification",
+    },
 }
 BESIDE = "testing"
 

@@ -42,13 +42,26 @@ follower together with that news, and who holds the entry does not vote for a lo
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
+from typing import Final, Protocol
 
 from msgspec import Struct
 
 from raftnode.consensus.ballot import Ballot
-from raftnode.consensus.journal import Journal
+from raftnode.consensus.journal import Mark
 from raftnode.messages import GENESIS, EntryId
+
+
+class History(Protocol):
+    """A log, as far as promises are about it: a node's `Journal`, or one that is read from outside."""
+
+    @property
+    def base(self) -> Mark:
+        """The point before the first kept entry."""
+        ...
+
+    def holds(self, id: EntryId) -> bool:
+        """True when the log has that entry, and so every entry before it."""
+        ...
 
 
 class Witness(Struct, frozen=True):
@@ -72,7 +85,7 @@ class Witness(Struct, frozen=True):
             held, vote = _later(held, older.held), vote or older.vote
         return Witness(newer.term, held, _later(self.floor, other.floor), vote)
 
-    def is_kept(self, ballot: Ballot, journal: Journal) -> bool:
+    def is_kept(self, ballot: Ballot, journal: History) -> bool:
         """True when nothing of it is forgotten."""
         if ballot.term < self.term or not _is_in(journal, self.floor):
             return False
@@ -84,7 +97,7 @@ def _later(one: EntryId, other: EntryId) -> EntryId:
     return one if one.commit_id >= other.commit_id else other
 
 
-def _is_in(journal: Journal, id: EntryId) -> bool:
+def _is_in(journal: History, id: EntryId) -> bool:
     """What is not above the journal's base was committed, and so it was held."""
     return id.commit_id <= journal.base.id.commit_id or journal.holds(id)
 

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 
 CONSENSUS = (VoteRequest, Heartbeat, Data, VoteAnswer, HeartbeatAnswer, DataAnswer)
 """Messages that may be lost, doubled or late at any time: Raft asks nothing of its network."""
+LATEST = 20
+"""So many times the usual jitter is that of a message that comes late."""
 
 
 @dataclass(slots=True)
@@ -66,6 +68,8 @@ class Weather:
     """Seconds more, at the most, usually."""
     loss: float = 0.0
     repeat: float = 0.0
+    echo: float = 0.0
+    """Seconds, at the most, after which a message may come a second time: leaders may have come and gone since."""
     reorder: float = 0.0
     """Probability that a message may be overtaken."""
     stray: float = 0.0
@@ -120,7 +124,7 @@ class Fabric:
     def delay(self) -> float:
         """Seconds that a message takes on a path that is well."""
         weather = self.weather
-        late = 20 * weather.jitter if self.chance.random() < 0.01 else weather.jitter
+        late = LATEST * weather.jitter if self.chance.random() < 0.01 else weather.jitter
         return weather.delay + self.chance.random() * late
 
     def carry(self, source: str, target: str, arrive: Action, is_consensus: bool) -> None:
@@ -138,7 +142,10 @@ class Fabric:
         self._plan(path, arrive)
         if is_consensus and self.chance.random() < weather.repeat:
             self.repeated += 1
-            self._plan(path, arrive)
+            if self.chance.random() < 0.5:
+                self._plan(path, arrive)
+            else:
+                self.world.after(self.delay() + weather.echo * self.chance.random(), arrive)
 
     def lose(self, source: str, target: str) -> None:
         """A message is gone."""

@@ -29,7 +29,7 @@ from msgspec import Struct
 from raftnode.config import KIB, MIB, Settings
 from raftnode.messages import DeleteCommand, PutCommand, decode_command, decode_object
 from raftnode.testing.clients import SimulatedClient
-from raftnode.testing.fabric import Fabric, SimulatedTransport, Weather
+from raftnode.testing.fabric import LATEST, Fabric, SimulatedTransport, Weather
 from raftnode.testing.faults import KINDS, Faults
 from raftnode.testing.history import History, Kind, Operation
 from raftnode.testing.invariants import Invariants
@@ -176,6 +176,7 @@ class Simulation:
                 jitter=options.jitter_ms / 1000,
                 loss=options.loss,
                 repeat=options.repeat,
+                echo=5 * options.settings.election_high_ms / 1000,
                 reorder=options.reorder,
                 stray=options.stray,
             ),
@@ -273,6 +274,7 @@ class Simulation:
         self._await("every client has ended", patience, lambda: all(client.is_done for client in self._clients))
         self._await("nobody waits for an answer", patience, self._nobody_waits)
         self._await("no link waits for what was lost", patience, self._links_are_well)
+        self._calm_down()
         self._await("one leader, and one log everywhere", patience, self._agreed)
         if len(self.nodes) > 2:
             self._try_out(patience)
@@ -283,11 +285,16 @@ class Simulation:
         for node in self.nodes.values():
             node.store.compare()
 
+    def _calm_down(self) -> None:
+        """From now on nothing comes late by chance: that alone can cost a leader its office."""
+        weather = self.fabric.weather
+        latest, weather.jitter = LATEST * weather.jitter, min(weather.jitter, 0.0001)
+        self.world.run(latest)
+
     def _try_out(self, patience: float) -> None:
         """One member alone hears nobody, or nobody hears it either. Is it a follower, its leader stays in office, then
         and when it is back (rule 3; TRAPS 13, 14); is it the leader, another one takes over (TRAPS 15)."""
-        chance, weather = self.world.chance_for("trial"), self.fabric.weather
-        weather.jitter = min(weather.jitter, 0.0001)  # nothing comes late by chance alone
+        chance = self.world.chance_for("trial")
         leader = next(node for node in self.nodes.values() if node.raft.is_leader)
         term, others = leader.raft.term, [node for node in self.nodes.values() if node is not leader]
         victim = chance.choice([leader, chance.choice(others)])

@@ -11,8 +11,9 @@
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
                     the other end of a link)
     4  node         raftnode (assembles, owns the life of a node), client
-    5  faces        cli, inspector (with inspection, output, table, supervised; comparing: its commands about whole
-                    directories, with verification, survey, comparison), repair (of a stopped node's directory)
+    5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
+                    supervised; comparing: its commands about whole directories, with verification, survey,
+                    comparison), repair (of a stopped node's directory)
     beside          testing/: for our tests and for those of programs that embed a node; the product never imports it
 
 **Who owns which fact.** Each has one owner; everyone else asks or is told.

@@ -4,10 +4,16 @@ The names of the commands, their options, and the fields of `--json` are a publi
 none changes its meaning. Every line of `--json` is one object whose `record` says what it is:
 
     entry      commit_id term time kind namespace key client size checksum state [value] [voters learners]
+    cut        commit_id: of a live node's log; the staged entries from here on, listed above, were cut by a new leader,
+               and what follows begins here again
+    committed  commit_id staged: what the directory has on disk as committed; the last line of `commits`, and in
+               `log --follow` whenever entries that were listed as staged have committed
     value      namespace key [value] created modified version
-    committed  commit_id staged: the last line of `commits`; what the directory has on disk as committed
-    node       the one line of `info`: node address cluster format term voted_for commit_id entries staged first_kept
-               last membership keys sizes readers
+    renewed    commit_id: in `state` of a live node; the values below are as of this commit_id
+    change     commit_id term time kind namespace key client state [before] [value] replaced created version
+    node       directory node address cluster format term voted_for commit_id entries staged first_kept last membership
+               witnesses keys sizes readers: what `info` tells of a directory
+    namespace  directory namespace keys bytes: after the nodes of `info`
     damage     commit_id to: something that could not be read at all; positions in the log when it was there
 
 and those of `verify`, `diff`, `best` and `timeline`, which are in `comparing`.
@@ -17,93 +23,82 @@ not have is null. `size` counts the bytes of the command. `checksum` is the roll
 at one commit_id in two directories mean equal histories up to there. `state` is committed or staged, null when that
 can't be told. Sizes are bytes. What is damaged has `"damaged": true` and a `reason`, besides everything that could
 still be read; of a value that is no JSON any more, the bytes are under `raw` as text.
+
+**On a live node** no command holds one LMDB snapshot for longer than half a second, nor while its output waits to be
+read (`inspection`), so a paused `log | less` costs the node nothing. What that means for a listing: committed entries
+are the same in every snapshot; staged ones may be cut meanwhile, which is told; a listing ends where the log ended when
+it began. `state` of more values than can be read in half a second tells each time that the node has committed more
+between two of them; `state --at` is always one state.
 """
 
 from __future__ import annotations
 
-import os
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
 import click
-import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
+from raftnode import past
+from raftnode.about import NamespaceLine, NodeLine, namespace_line, node_line, print_namespaces, print_nodes
 from raftnode.comparing import COMMANDS
-from raftnode.config import Settings
-from raftnode.errors import StoreDamaged
-from raftnode.inspection import Directory, LogRecord, StoredValue, command_of, salvage_command
-from raftnode.messages import DeleteCommand, Entry, MembersCommand, PutCommand
+from raftnode.config import DEFAULT_NAMESPACE, Settings
+from raftnode.errors import ProtocolError, StoreDamaged, StoreError
+from raftnode.inspection import Directory, LogReading, LogRecord, StoredValue
+from raftnode.lines import (
+    ENTRY_COLUMNS,
+    STATE_COLUMN,
+    STATE_COLUMNS,
+    STATE_VALUE,
+    VALUE_COLUMN,
+    EntryLine,
+    entry_cells,
+    entry_line,
+    kind_of,
+    one_line,
+    replace_column,
+    state_of,
+    value_cells,
+    value_line,
+    value_text,
+)
+from raftnode.messages import PutCommand, store_key
 from raftnode.output import (
     EPILOG,
+    EXIT_DAMAGED,
+    EXIT_UNUSABLE,
     DamageLine,
     Inspector,
     Output,
-    Point,
-    human,
+    Printer,
+    many_directories,
     one_directory,
     open_directory,
-    options,
-    or_dash,
-    print_json,
-    print_table,
+    progress,
     report_damage,
     utc,
 )
-from raftnode.records import Record
+from raftnode.selection import Filter, ranged, window
 from raftnode.table import Column, escape, terminal_width
 from raftnode.version import __version__
 
-_SNAPSHOT: Final = (
-    "One consistent snapshot. On a live node it holds back the reuse of pages: its file may grow until the listing has "
-    "ended."
+_FOR_EVER: Final = 2**64
+_COUNTED: Final = 4096
+_BETWEEN_LOOKS_MS: Final = 100
+_ENTRY_FIELDS: Final = (
+    "Fields: commit_id, term, time (the leader's clock, ms since 1970; in the table UTC), kind (put, delete, members, "
+    "noop), namespace, key, client (who asked: the name it gave, else its address), size (bytes of the command), "
+    "checksum (rolling: equal at one commit_id in two directories means equal histories up to there), state (staged or "
+    "committed); value with --values; voters and learners of a members entry; damaged and reason where something is "
+    "wrong: that is always shown, whatever the filters say."
 )
-_ranged = options(
-    click.option("--from", "first", type=click.IntRange(min=0), metavar="ID", help="The first commit_id to show."),
-    click.option("--to", "last", type=click.IntRange(min=0), metavar="ID", help="The last commit_id to show."),
-    click.option("--tail", type=click.IntRange(min=1), metavar="N", help="Only the newest N of those."),
-    click.option("--values", is_flag=True, help="Show what was put; whole with --json, else shortened."),
+_LIVE: Final = (
+    "A live node is not held up, however slowly this is read. The listing ends where the log ended when it began; a "
+    "line tells if staged entries were cut meanwhile."
 )
-
-
-# --- the lines of --json --------------------------------------------------------------------------------------
-
-
-class EntryLine(Struct, tag_field="record", tag="entry", kw_only=True):
-    """A log entry."""
-
-    commit_id: int
-    term: int
-    time: int
-    kind: str | None = None
-    namespace: str | None = None
-    key: str | None = None
-    client: str | None = None
-    size: int
-    checksum: str
-    state: str | None
-    value: Raw | UnsetType = UNSET
-    raw: str | UnsetType = UNSET
-    voters: dict[str, str] | UnsetType = UNSET
-    learners: dict[str, str] | UnsetType = UNSET
-    damaged: bool | UnsetType = UNSET
-    reason: str | UnsetType = UNSET
-
-
-class ValueLine(Struct, tag_field="record", tag="value", kw_only=True):
-    """A committed value."""
-
-    namespace: str
-    key: str
-    value: Raw | UnsetType = UNSET
-    raw: str | UnsetType = UNSET
-    created: int
-    modified: int
-    version: int
-    damaged: bool | UnsetType = UNSET
-    reason: str | UnsetType = UNSET
 
 
 class CommittedLine(Struct, tag_field="record", tag="committed", kw_only=True):
@@ -113,24 +108,35 @@ class CommittedLine(Struct, tag_field="record", tag="committed", kw_only=True):
     staged: int
 
 
-class NodeLine(Struct, tag_field="record", tag="node", kw_only=True):
-    """The node that a directory belongs to."""
+class CutLine(Struct, tag_field="record", tag="cut", kw_only=True):
+    """Staged entries that were listed are no longer in the log."""
 
-    node: str | None
-    address: str | None
-    cluster: str | None
-    format: int | None
-    term: int | None
-    voted_for: str | None
+    commit_id: int
+
+
+class RenewedLine(Struct, tag_field="record", tag="renewed", kw_only=True):
+    """From here on the values are as of another commit_id."""
+
     commit_id: int | None
-    entries: int
-    staged: int | None
-    first_kept: Point | None
-    last: Point | None
-    membership: dict[str, Any] | None
-    keys: int
-    sizes: dict[str, int]
-    readers: list[dict[str, Any]]
+
+
+class ChangeLine(Struct, tag_field="record", tag="change", kw_only=True):
+    """One put or delete of a key."""
+
+    commit_id: int
+    term: int
+    time: int
+    kind: str
+    namespace: str
+    key: str
+    client: str | None
+    state: str | None
+    before: Raw | UnsetType = UNSET
+    value: Raw | UnsetType = UNSET
+    raw: str | UnsetType = UNSET
+    replaced: int | None
+    created: int | None
+    version: int | None
     damaged: bool | UnsetType = UNSET
     reason: str | UnsetType = UNSET
 
@@ -140,12 +146,12 @@ class NodeLine(Struct, tag_field="record", tag="node", kw_only=True):
 )
 @click.version_option(__version__)
 def main() -> None:
-    """Read what a node has on disk: its log, its commits, its values, and what it is.
+    """Read what a node has on disk: its log, its commits, its values, their past, and what it is.
 
     DIR is the data directory of a node, running or not, or a copy of one. Nothing is ever written to it.
 
-    With --json every line is one object; its "record" is "entry", "value", "committed", "node" or "damage". Fields may
-    be added to it; none changes its meaning. See each command for the fields.
+    With --json every line is one object; its "record" says what it is. Fields may be added to it; none changes its
+    meaning. See each command for the fields.
     """
 
 
@@ -155,17 +161,20 @@ def main() -> None:
 @main.command(
     help=f"""Every kept entry of the log, staged and committed, oldest first.
 
-    Fields: commit_id, term, time (the leader's clock, ms since 1970; in the table UTC), kind (put, delete, members,
-    noop), namespace, key, client, size (bytes of the command), checksum (rolling: equal at one commit_id in two
-    directories means equal histories up to there), state (staged or committed); value with --values; voters and
-    learners of a members entry; damaged and reason where something is wrong.
+    {_ENTRY_FIELDS}
 
-    --from and --tail seek, they do not scan. {_SNAPSHOT}
+    --from, --to, --tail, --term and --staged seek. The other filters look at every entry of the range.
+
+    {_LIVE} With --follow it goes on with what the node writes, until Ctrl-C, also over a restart of the node: entries
+    are listed when they are in the log, and a line (commit_id, staged) tells when those listed as staged have
+    committed.
     """,
     epilog=EPILOG,
 )
 @one_directory
-@_ranged
+@ranged
+@click.option("--staged", is_flag=True, help="Only entries that are not committed on disk; seeks.")
+@click.option("--follow", is_flag=True, help="Go on with what is written from now on.")
 def log(
     output: Output,
     directory: Path,
@@ -174,10 +183,20 @@ def log(
     last: int | None,
     tail: int | None,
     values: bool,
+    staged: bool,
+    follow: bool,
+    **filters: Any,
 ) -> None:
+    wanted = _filter(filters)
     with open_directory(output, directory, as_json) as opened:
-        window = _window(first, last, tail, opened.last)
-        _list_entries(output, opened, window, as_json, values, with_state=True)
+        if staged and opened.committed is None:
+            raise StoreDamaged(f"{directory}: what is committed can't be told, so neither what is staged")
+        begin, end = window(opened, wanted, first, last, tail, staged)
+        listing = _Listing(output, opened, as_json, wanted, values, with_state=True)
+        if follow:
+            listing.follow(begin, _FOR_EVER if last is None else last, only_staged=staged)
+        else:
+            listing.print(begin, end)
     report_damage(output, directory)
 
 
@@ -187,12 +206,12 @@ def log(
     A running node may have acknowledged more: what a majority has in its log is safe before its commit_id is written
     here. Fields as in `log`; the last line is {{"record": "committed", "commit_id": ..., "staged": ...}}.
 
-    {_SNAPSHOT}
+    {_LIVE}
     """,
     epilog=EPILOG,
 )
 @one_directory
-@_ranged
+@ranged
 def commits(
     output: Output,
     directory: Path,
@@ -201,159 +220,130 @@ def commits(
     last: int | None,
     tail: int | None,
     values: bool,
+    **filters: Any,
 ) -> None:
+    wanted = _filter(filters)
     with open_directory(output, directory, as_json) as opened:
-        committed = opened.facts.commit_id
+        committed = opened.committed
         if committed is None:
             raise StoreDamaged(f"{directory}: what is committed can't be told; `log` lists the entries all the same")
-        upto = committed if last is None else min(last, committed)
-        window = _window(first, upto, tail, upto)
-        _list_entries(output, opened, window, as_json, values, with_state=False)
         staged = max(0, opened.last - committed)
+        upto = committed if last is None else min(last, committed)
+        begin, end = window(opened, wanted, first, upto, tail, False)
+        _Listing(output, opened, as_json, wanted, values, with_state=False).print(begin, end)
     if as_json:
         output.json(CommittedLine(commit_id=committed, staged=staged))
     else:
-        output.text(f"committed on disk: commit_id {committed}; staged after it: {staged}")
+        output.text(_committed_text(committed, staged))
     report_damage(output, directory)
 
 
-def _window(first: int | None, last: int | None, tail: int | None, newest: int) -> tuple[int, int | None]:
-    """The range of commit_ids to show."""
-    if first is not None and last is not None and first > last:
-        raise click.UsageError(f"--from {first} is after {last}, the last one to show")
-    first = first or 1
-    if tail is not None:
-        first = max(first, (newest if last is None else min(last, newest)) - tail + 1)
-    return first, last
+def _filter(options: dict[str, Any]) -> Filter:
+    return Filter(**{**options, "kinds": frozenset(options["kinds"])})
 
 
-def _list_entries(
-    output: Output,
-    opened: Directory,
-    window: tuple[int, int | None],
-    as_json: bool,
-    values: bool,
-    with_state: bool,
-) -> None:
-    lines = (_entry_line(record, opened.facts.commit_id, values) for record in opened.entries(*window))
-    if as_json:
-        print_json(output, lines)
-        return
-    columns = _ENTRY_COLUMNS + ([_STATE] if with_state else []) + ([_VALUE] if values else [])
-    columns[0] = msgspec.structs.replace(columns[0], expect=len(str(opened.last)))
-    staged, width = output.style(fg="yellow"), terminal_width()
-    print_table(output, columns, lines, lambda line: _entry_cells(line, width, with_state, values), staged)
+def _committed_text(commit_id: int, staged: int) -> str:
+    return f"committed on disk: commit_id {commit_id}; staged after it: {staged}"
 
 
-_ENTRY_COLUMNS = [
-    Column("commit_id", right=True),
-    Column("term", right=True),
-    Column("time", rank=2),
-    Column("kind"),
-    Column("namespace", least=7, rank=1),
-    Column("key", least=8),
-    Column("client", least=9, rank=5),
-    Column("size", right=True, rank=4),
-    Column("checksum", rank=3),
-]
-_STATE = Column("state")
-_VALUE = Column("value", least=16)
+class _Listing:
+    """Entries of a log on their way to the output."""
+
+    def __init__(
+        self, output: Output, opened: Directory, as_json: bool, wanted: Filter, values: bool, with_state: bool
+    ) -> None:
+        columns = replace_column(ENTRY_COLUMNS, "commit_id", expect=len(str(opened.last)))
+        columns += ([STATE_COLUMN] if with_state else []) + ([VALUE_COLUMN] if values else [])
+        width = terminal_width()
+        self._printer = Printer(
+            output,
+            as_json,
+            columns,
+            lambda line: entry_cells(line, width, with_state, values),
+            output.style(fg="yellow"),
+        )
+        self._output = output
+        self._opened = opened
+        self._wanted = wanted
+        self._values = values
+        self._staged: range = range(0)
+        """From the first listed entry that was staged, and is not told to have committed, to the last one."""
+
+    def print(self, first: int, last: int | None) -> None:
+        """The wanted entries of a range."""
+        if self._wanted.scans and not self._output.is_terminal:
+            upto = self._opened.last if last is None else min(last, self._opened.last)
+            with progress(max(1, upto - first + 1), "looking") as advance:
+                self._add_all(_counted(self._opened.entries(first, last, self._cut), advance))
+        else:
+            self._add_all(self._opened.entries(first, last, self._cut))
+        self._printer.finish()
+
+    def follow(self, first: int, last: int, only_staged: bool) -> None:
+        """The wanted entries from `first` on, and those that the node writes from now on, until `last`."""
+        reading = LogReading(self._opened, first, self._cut)
+        while True:
+            self._add_all(reading.upto(last), only_staged)
+            self._tell_committed()
+            self._printer.settle()
+            if reading.next > last:
+                return
+            self._opened.release()
+            if not self._output.spool.is_wanted(_BETWEEN_LOOKS_MS):
+                raise BrokenPipeError
+            self._opened.look_again()
+
+    def _add_all(self, records: Iterator[LogRecord], only_staged: bool = False) -> None:
+        is_wanted, opened, values = self._wanted.test(), self._opened, self._values
+        add = self._printer.add
+        for record in records:
+            if not is_wanted(record):
+                continue
+            committed = opened.committed
+            if committed is None or record.commit_id > committed:
+                self._staged = range(self._staged.start if self._staged else record.commit_id, record.commit_id + 1)
+            elif only_staged:
+                continue
+            add(entry_line(record, committed, values))
+
+    def _cut(self, commit_id: int) -> None:
+        text = f"the staged entries from {commit_id} on, listed above, were cut: another leader has replaced them"
+        if self._staged.stop > commit_id:
+            self._printer.note(CutLine(commit_id=commit_id), text)
+            self._staged = range(self._staged.start, commit_id)
+
+    def _tell_committed(self) -> None:
+        committed, staged = self._opened.committed, self._staged
+        if committed is None or not staged or committed < staged.start:
+            return
+        left = max(0, self._opened.last - committed)
+        self._printer.note(CommittedLine(commit_id=committed, staged=left), _committed_text(committed, left))
+        self._staged = range(committed + 1, staged.stop)
 
 
-def _entry_line(record: LogRecord, committed: int | None, values: bool) -> EntryLine | DamageLine:
-    entry = record.entry
-    if entry is None:
-        return DamageLine(commit_id=record.commit_id, to=record.to, reason=record.damage)
-    line = EntryLine(
-        commit_id=entry.commit_id,
-        term=entry.term,
-        time=entry.time,
-        size=entry.size,
-        checksum=f"{entry.checksum:08x}",
-        state=None if committed is None else "committed" if entry.commit_id <= committed else "staged",
-    )
-    problem = _add_command(line, entry, values) or ""
-    if record.damage or problem:
-        line.damaged, line.reason = True, record.damage or f"entry {entry.commit_id}: {problem}"
-    return line
-
-
-def _add_command(line: EntryLine, entry: Entry, values: bool) -> str | None:
-    """Fill in what the command says; returns what is wrong with it."""
-    command, problem = command_of(entry)
-    match command:
-        case PutCommand():
-            line.kind, line.namespace, line.key = "put", command.namespace, command.key
-            line.client = command.client or None
-            return _add_value(line, command.value) if values else None
-        case DeleteCommand():
-            line.kind, line.namespace, line.key = "delete", command.namespace, command.key
-            line.client = command.client or None
-        case MembersCommand():
-            line.kind, line.voters, line.learners = "members", command.voters, command.learners
-        case None:
-            line.kind, line.namespace, line.key = salvage_command(bytes(entry.command))
-            if values:
-                line.raw = bytes(entry.command).decode(errors="backslashreplace")
-            return problem
-        case _:
-            line.kind = str(type(command).__struct_config__.tag)
-    return None
-
-
-def _add_value(line: EntryLine | ValueLine, value: Raw) -> str | None:
-    """Fill in a value, on one line; its bytes when it is no JSON any more. Returns what is wrong with it."""
-    try:
-        msgspec.json.decode(value)
-    except (ValueError, RecursionError) as error:
-        line.raw = bytes(value).decode(errors="backslashreplace")
-        return f"its value is no JSON: {error}"
-    text = bytes(value)
-    line.value = Raw(msgspec.json.format(text, indent=-1)) if b"\n" in text or b"\r" in text else value
-    return None
-
-
-def _entry_cells(line: EntryLine, width: int, with_state: bool, values: bool) -> list[str]:
-    cells = [
-        str(line.commit_id),
-        str(line.term),
-        utc(line.time),
-        line.kind or "?",
-        line.namespace or "-",
-        "-" if line.key is None else line.key,
-        line.client or "-",
-        str(line.size),
-        line.checksum,
-    ]
-    if with_state:
-        cells.append(line.state or "?")
-    if values:
-        cells.append(_value_text(line, width))
-    return cells
-
-
-def _value_text(line: EntryLine | ValueLine, width: int) -> str:
-    """As much of a value as a line of the table can hold: it may have megabytes."""
-    if isinstance(line.raw, str):
-        return line.raw[: width + 1]
-    if isinstance(line, EntryLine) and isinstance(line.voters, dict):
-        learners = line.learners or {}
-        return ", ".join([*line.voters, *(f"{address} (learner)" for address in learners)])
-    if not isinstance(line.value, Raw):
-        return "-"
-    return bytes(memoryview(line.value)[: 4 * width + 4]).decode(errors="ignore")
+def _counted(records: Iterator[LogRecord], advance: Callable[[int], None]) -> Iterator[LogRecord]:
+    """The same records; every now and then `advance` is told how many."""
+    for number, record in enumerate(records, 1):
+        if not number % _COUNTED:
+            advance(_COUNTED)
+        yield record
 
 
 # --- state ----------------------------------------------------------------------------------------------------
 
 
 @main.command(
-    help=f"""The committed values, in order of namespace and key.
+    help="""The committed values, in order of namespace and key.
 
     Fields: namespace, key, value, created and modified (the commit_ids that did it), version (puts since it was
     created); damaged and reason where something is wrong.
 
-    --namespace and --prefix seek, they do not scan. {_SNAPSHOT}
+    --namespace and --prefix seek, they do not scan. With --at, the state as it was at that commit_id is rebuilt from
+    the log, which takes some seconds for a million entries, and memory for each key.
+
+    A live node is not held up: after half a second, or when the output has to wait, the listing goes on in a new
+    snapshot. If the node has committed more by then, a line (renewed: commit_id) tells as of which commit_id the values
+    after it are. --at is always one state.
     """,
     epilog=EPILOG,
 )
@@ -361,162 +351,222 @@ def _value_text(line: EntryLine | ValueLine, width: int) -> str:
 @click.option("--namespace", metavar="NAME", help="Only of this namespace.")
 @click.option("--prefix", metavar="TEXT", default="", help="Only keys that begin so.")
 @click.option("--keys-only", is_flag=True, help="Leave the values out.")
-def state(output: Output, directory: Path, as_json: bool, namespace: str | None, prefix: str, keys_only: bool) -> None:
+@click.option("--at", type=click.IntRange(min=0), metavar="COMMIT_ID", help="As it was then, rebuilt from the log.")
+def state(
+    output: Output,
+    directory: Path,
+    as_json: bool,
+    namespace: str | None,
+    prefix: str,
+    keys_only: bool,
+    at: int | None,
+) -> None:
     with open_directory(output, directory, as_json) as opened:
-        lines = (_value_line(found, not keys_only) for found in opened.values(namespace, prefix))
-        if as_json:
-            print_json(output, lines)
+        printer = _value_printer(output, opened, as_json, keys_only)
+        if at is None:
+            opened.on_new_look = lambda: printer.note(
+                RenewedLine(commit_id=opened.committed), f"the values below are as of commit_id {opened.committed}"
+            )
+            found = opened.values(namespace, prefix)
         else:
-            columns = [column for column in _STATE_COLUMNS if not keys_only or column is not _STATE_VALUE]
-            number, width = len(str(opened.last)), terminal_width()
-            columns = [msgspec.structs.replace(c, expect=number) if c.title == "modified" else c for c in columns]
-            print_table(output, columns, lines, lambda line: _state_cells(line, width, keys_only), None)
+            past.check_at(opened, at)
+            found = _past_values(opened, at, namespace, prefix, printer)
+        for stored in found:
+            printer.add(value_line(stored, not keys_only))
+        printer.finish()
     report_damage(output, directory)
 
 
-_STATE_VALUE = Column("value", least=16)
-_STATE_COLUMNS = [
-    Column("namespace", least=9),
-    Column("key", least=16),
-    Column("created", right=True, rank=1),
-    Column("modified", right=True),
-    Column("version", right=True),
-    _STATE_VALUE,
+def _value_printer(output: Output, opened: Directory, as_json: bool, keys_only: bool) -> Printer:
+    columns = [column for column in STATE_COLUMNS if not keys_only or column is not STATE_VALUE]
+    columns = replace_column(columns, "modified", expect=len(str(opened.last)))
+    width = terminal_width()
+    return Printer(output, as_json, columns, lambda line: value_cells(line, width, keys_only))
+
+
+def _past_values(
+    opened: Directory, at: int, namespace: str | None, prefix: str, printer: Printer
+) -> Iterator[StoredValue]:
+    lost: list[DamageLine] = []
+
+    def damaged(record: LogRecord) -> None:
+        reason = f"what it did may be missing or wrong below: {record.damage}"
+        lost.append(DamageLine(commit_id=record.commit_id, to=record.to or record.commit_id, reason=reason))
+
+    with progress(max(1, at), "rebuilding") as advance:
+        state = past.rebuild(opened, at, damaged, advance)
+    for line in lost:
+        printer.add(line)
+    return past.values(opened, state, namespace, prefix)
+
+
+# --- history --------------------------------------------------------------------------------------------------
+
+
+@main.command(
+    help="""Every put and delete of one key that the log has, oldest first: when, by whom, from what value to which.
+
+    Fields: commit_id, term, time (the leader's clock, ms since 1970; in the table UTC), kind (put or delete),
+    namespace, key, client (the name that it gave, else its address), state (staged or committed), before (the value
+    before; not there when there was none), value (what was put; not there for a delete), replaced (the commit_id of the
+    value before), created and version (after it, as in `state`). In a log that does not begin at 1, before and replaced
+    are missing for the first change, and created and version are null until a delete.
+
+    It looks at every entry: a million take some seconds. A live node is not held up, however slowly this is read; what
+    it writes meanwhile is not listed.
+    """,
+    epilog=EPILOG,
+)
+@one_directory
+@click.argument("key", metavar="KEY")
+@click.option("--namespace", metavar="NAME", default=DEFAULT_NAMESPACE, show_default=True, help="The key's namespace.")
+def history(output: Output, directory: Path, as_json: bool, key: str, namespace: str) -> None:
+    try:
+        store_key(namespace, key)
+    except ProtocolError as error:
+        raise click.UsageError(str(error)) from error
+    width = terminal_width()
+    with open_directory(output, directory, as_json) as opened, contextlib.ExitStack() as shown:
+        yellow = output.style(fg="yellow")
+        printer = Printer(output, as_json, _CHANGE_COLUMNS, lambda line: _change_cells(line, width), yellow)
+        records = past.records_of_key(opened, namespace, key)
+        if not output.is_terminal:
+            advance = shown.enter_context(progress(max(1, opened.last - opened.first + 1), "looking"))
+            records = past.records_of_key(opened, namespace, key, advance)
+        for found in past.changes(records, namespace, key, opened.first == 1):
+            printer.add(_found_line(found, opened.committed))
+        printer.finish()
+    report_damage(output, directory)
+
+
+_CHANGE_COLUMNS: Final = [
+    Column("commit_id", right=True),
+    Column("term", right=True, rank=3),
+    Column("time", rank=1),
+    Column("client", least=9, rank=2),
+    Column("kind"),
+    Column("state", rank=5),
+    Column("version", right=True, rank=4),
+    Column("before", least=12),
+    Column("after", least=12),
 ]
 
 
-def _value_line(found: StoredValue, values: bool) -> ValueLine | DamageLine:
-    record = found.record
-    if record is None or found.namespace is None or found.key is None:
-        return DamageLine(namespace=found.namespace, key=found.key, reason=found.damage)
-    line = _new_value_line(found.namespace, found.key, record)
-    problem = _add_value(line, record.value) if values else None
-    if found.damage or problem:
-        line.damaged, line.reason = True, found.damage or f"{found.key!r} in {found.namespace!r}: {problem}"
+def _found_line(found: past.Change | LogRecord, committed: int | None) -> ChangeLine | EntryLine | DamageLine:
+    if isinstance(found, LogRecord):
+        return entry_line(found, committed, values=False)
+    entry, command = found.entry, found.command
+    line = ChangeLine(
+        commit_id=entry.commit_id,
+        term=entry.term,
+        time=entry.time,
+        kind=kind_of(command),
+        namespace=command.namespace,
+        key=command.key,
+        client=command.client or None,
+        state=state_of(entry.commit_id, committed),
+        replaced=found.replaced,
+        created=found.created,
+        version=found.version,
+    )
+    problem = found.damage
+    if found.before is not None:
+        line.before = one_line(found.before)[0] or UNSET
+    if isinstance(command, PutCommand):
+        value, wrong = one_line(command.value)
+        line.value = value or UNSET
+        problem = problem or wrong
+    if problem:
+        line.damaged, line.reason = True, problem
     return line
 
 
-def _new_value_line(namespace: str, key: str, record: Record) -> ValueLine:
-    return ValueLine(
-        namespace=namespace, key=key, created=record.created, modified=record.modified, version=record.version
-    )
-
-
-def _state_cells(line: ValueLine, width: int, keys_only: bool) -> list[str]:
-    cells = [line.namespace, line.key, str(line.created), str(line.modified), str(line.version)]
-    return cells if keys_only else [*cells, _value_text(line, width)]
+def _change_cells(line: ChangeLine | EntryLine, width: int) -> list[str]:
+    before, after = (line.before, line.value) if isinstance(line, ChangeLine) else (UNSET, UNSET)
+    version = line.version if isinstance(line, ChangeLine) else None
+    return [
+        str(line.commit_id),
+        str(line.term),
+        utc(line.time),
+        line.client or "-",
+        line.kind or "?",
+        line.state or "?",
+        "-" if version is None else str(version),
+        value_text(before, UNSET, width),
+        value_text(after, UNSET, width),
+    ]
 
 
 # --- info -----------------------------------------------------------------------------------------------------
 
 
 @main.command(
-    help="""What the directory says of its node, and how large it is.
+    help="""What directories say of their nodes, and how large they are; several are shown side by side.
 
-    Fields: node, address and cluster (null until the node first started with its members), format, term, voted_for,
-    commit_id (committed on disk), entries (kept in the log), staged, first_kept and last (the ends of the kept log:
-    commit_id, term, time, checksum; null in an empty log), membership (in force: commit_id of its entry, voters,
-    learners, by address with node id), keys, sizes (bytes: file on disk, used by data, map: the most that the file
-    may grow to), readers (pid, thread, txn: the snapshot that it holds), damaged and reason.
+    Fields: directory, node, address and cluster (null until the node first started with its members), format, term,
+    voted_for, commit_id (committed on disk), entries (kept in the log), staged, first_kept and last (the ends of the
+    kept log: commit_id, term, time, checksum; null in an empty log), membership (in force: commit_id of its entry,
+    voters, learners, by address with node id), witnesses (what it remembers of the promises of the others, by address:
+    term, vote, held and floor, the newest entry that it was known to hold and the newest of the committed ones), keys,
+    sizes (bytes: file on disk, used by data, free to be used again, map: the most that the file may grow to), readers
+    (pid, thread, txn: the snapshot that it holds), damaged and reason.
+
+    After them a line (namespace, keys, bytes) for each namespace of each directory; for that, all keys are looked at.
     """,
     epilog=EPILOG,
 )
-@one_directory
-def info(output: Output, directory: Path, as_json: bool) -> None:
-    with Directory(directory, Settings().map_bytes) as opened:
-        line = _node_line(opened)
-    if line.damaged is True:
-        output.damage += 1
+@many_directories
+def info(output: Output, directories: tuple[Path, ...], as_json: bool) -> None:
+    nodes: list[NodeLine] = []
+    status = 0
+    for directory in directories:
+        try:
+            with Directory(directory, Settings().map_bytes) as opened:
+                nodes.append(node_line(opened))
+        except StoreError as error:
+            if len(directories) == 1:
+                raise
+            output.complain(str(error))
+            status = max(status, EXIT_DAMAGED if isinstance(error, StoreDamaged) else EXIT_UNUSABLE)
     if as_json:
-        output.json(line)
-    else:
-        _print_node(output, line)
-    report_damage(output, directory)
+        for line in nodes:
+            output.json(line)
+    elif nodes:
+        print_nodes(output, nodes)
+    damaged = [Path(line.directory) for line in nodes if line.damaged is True]
+    damaged += [path for path in _print_sizes(output, nodes, as_json) if path not in damaged]
+    for directory in damaged:
+        output.damage = 1
+        report_damage(output, directory)
+    if status and not output.damage:
+        click.get_current_context().exit(status)
 
 
-def _node_line(opened: Directory) -> NodeLine:
-    facts, damage = opened.facts, list(opened.facts.damage)
-    membership = facts.memberships[-1] if facts.memberships else None
-    line = NodeLine(
-        node=facts.node,
-        address=facts.address,
-        cluster=facts.cluster,
-        format=facts.format,
-        term=None if facts.ballot is None else facts.ballot.term,
-        voted_for=None if facts.ballot is None else facts.ballot.voted_for,
-        commit_id=facts.commit_id,
-        entries=opened.kept,
-        staged=None if facts.commit_id is None else max(0, opened.last - facts.commit_id),
-        first_kept=_point(opened, opened.first, damage),
-        last=_point(opened, opened.last, damage),
-        membership=None if membership is None else msgspec.structs.asdict(membership),
-        keys=opened.keys,
-        sizes=opened.sizes(),
-        readers=[
-            {"pid": reader.pid, "thread": reader.thread, "txn": reader.transaction}
-            for reader in opened.readers()
-            if reader.pid != os.getpid()
-        ],
-    )
-    if damage:
-        line.damaged, line.reason = True, "; ".join(dict.fromkeys(damage))
-    return line
-
-
-def _point(opened: Directory, commit_id: int, damage: list[str]) -> Point | None:
-    """One end of the kept log; notes what is wrong with it."""
-    if opened.first > opened.last:
-        return None
-    record = next(opened.entries(commit_id, commit_id))
-    if record.damage:
-        damage.append(record.damage)
-    entry = record.entry
-    return None if entry is None else Point(entry.commit_id, entry.term, entry.time, f"{entry.checksum:08x}")
-
-
-def _print_node(output: Output, line: NodeLine) -> None:
-    heading = output.style(bold=True) or str
-    for name, text in _node_rows(line):
-        output.text(f"{heading(f'{name:<11}')}{escape(text)}")
-    if isinstance(line.reason, str):
-        red = output.style(fg="red") or str
-        output.text(red(f"DAMAGED    {escape(line.reason)}"))
-
-
-def _node_rows(line: NodeLine) -> Iterator[tuple[str, str]]:
-    yield "node", line.node or "-"
-    yield "address", line.address or "- (not founded yet)"
-    yield "cluster", line.cluster or "-"
-    yield "format", or_dash(line.format)
-    yield "term", f"{or_dash(line.term)}, " + (f"voted for {line.voted_for}" if line.voted_for else "vote is free")
-    yield "commit_id", f"{or_dash(line.commit_id)} committed on disk"
-    yield "staged", f"{or_dash(line.staged)} entries"
-    yield "log", f"{line.entries} entries kept"
-    yield "first kept", _point_text(line.first_kept)
-    yield "last", _point_text(line.last)
-    yield from _member_rows(line.membership or {})
-    yield "keys", str(line.keys)
-    for name, size in line.sizes.items():
-        yield name, f"{human(size)} ({size} bytes)"
-    if not line.readers:
-        yield "readers", "none besides this one"
-    for n, reader in enumerate(line.readers):
-        holds = "idle" if reader["txn"] is None else f"reads snapshot {reader['txn']}"
-        yield "" if n else "readers", f"process {reader['pid']}, {holds}"
-
-
-def _member_rows(membership: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for title, members in (("voters", membership.get("voters")), ("learners", membership.get("learners"))):
-        for n, (address, node) in enumerate((members or {}).items()):
-            yield "" if n else title, f"{address}  {node or '(not met yet)'}"
-        if not members:
-            yield title, "none"
-
-
-def _point_text(point: Point | None) -> str:
-    if point is None:
-        return "-"
-    return f"commit_id {point.commit_id}, term {point.term}, checksum {point.checksum}, {utc(point.time)}"
+def _print_sizes(output: Output, nodes: list[NodeLine], as_json: bool) -> list[Path]:
+    """The namespaces of the directories; returns those in which they could not be counted."""
+    lines: list[NamespaceLine] = []
+    damaged = []
+    output.spool.flush()
+    with progress(max(1, sum(line.keys for line in nodes)), "counting") as advance:
+        for node in nodes:
+            path = Path(node.directory)
+            try:
+                with Directory(path, Settings().map_bytes) as opened:
+                    lines += [namespace_line(path, size) for size in opened.namespaces(advance)]
+            except StoreDamaged as error:
+                damaged.append((path, str(error)))
+    if as_json:
+        for line in lines:
+            output.json(line)
+        for path, reason in damaged:
+            output.json(DamageLine(reason=f"{path}: {reason}"))
+    elif lines:
+        output.text("")
+        print_namespaces(output, lines, len(nodes) > 1)
+    if not as_json:
+        for path, reason in damaged:
+            output.text((output.style(fg="red") or str)(escape(f"DAMAGED: {path}: {reason}")))
+    return [path for path, _ in damaged]
 
 
 for _command in COMMANDS:

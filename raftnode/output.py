@@ -228,12 +228,65 @@ def open_directory(output: Output, directory: Path, as_json: bool) -> Directory:
     return opened
 
 
+class Printer:
+    """Lines of one kind, as JSON or as rows of a table; those whose `damaged` is True count as damage."""
+
+    def __init__(
+        self,
+        output: Output,
+        as_json: bool,
+        columns: list[Column],
+        cells: Callable[[Any], list[str]],
+        staged: Style | None = None,
+    ) -> None:
+        """`cells` makes the row of a line; `staged` is for lines whose `state` is staged."""
+        self._output = output
+        self._table = None if as_json else output.table(columns)
+        self._cells = cells
+        self._staged = staged
+        self._red = output.style(fg="red")
+
+    def add(self, line: Any) -> None:
+        damaged = line.damaged is True
+        if damaged:
+            self._output.damage += 1
+        if self._table is None:
+            self._output.json(line)
+            return
+        style = self._red if damaged else self._staged if getattr(line, "state", None) == "staged" else None
+        if isinstance(line, DamageLine):
+            self._table.remark(line.reason, style)
+        else:
+            self._table.add(self._cells(line), line.reason if damaged else "", style)
+
+    def note(self, line: Struct, text: str) -> None:
+        """Something that is told between the lines: as an object in JSON, in words in a table."""
+        if self._table is None:
+            self._output.json(line)
+        else:
+            self._table.note(text)
+
+    def settle(self) -> None:
+        """Hand over all that was added, though more will come."""
+        if self._table is not None:
+            self._table.settle()
+        self._output.spool.flush()
+
+    def finish(self) -> None:
+        """Print what still waits. Columns without room are named."""
+        if self._table is None:
+            return
+        self._table.finish()
+        if self._table.left_out:
+            missing = ", ".join(self._table.left_out)
+            self._output.complain(f"no room for {missing}: use a wider terminal, or --json")
+
+
 def print_json(output: Output, lines: Iterable[Any]) -> None:
-    """Lines whose `damaged` is True count as damage."""
+    """All these lines as JSON."""
+    printer = Printer(output, True, [], list)
     for line in lines:
-        if line.damaged is True:
-            output.damage += 1
-        output.json(line)
+        printer.add(line)
 
 
 def print_table(
@@ -243,21 +296,11 @@ def print_table(
     cells: Callable[[Any], list[str]],
     staged: Style | None,
 ) -> None:
-    """The same as a table; `staged` is for lines whose `state` is staged. Columns without room are named at the end."""
-    table, red = output.table(columns), output.style(fg="red")
+    """All these lines as a table."""
+    printer = Printer(output, False, columns, cells, staged)
     for line in lines:
-        damaged = line.damaged is True
-        if damaged:
-            output.damage += 1
-        style = red if damaged else staged if getattr(line, "state", None) == "staged" else None
-        if isinstance(line, DamageLine):
-            table.remark(line.reason, style)
-        else:
-            table.add(cells(line), line.reason if damaged else "", style)
-    table.finish()
-    if table.left_out:
-        missing = ", ".join(table.left_out)
-        output.complain(f"no room for {missing}: use a wider terminal, or --json")
+        printer.add(line)
+    printer.finish()
 
 
 @contextlib.contextmanager

@@ -22,6 +22,7 @@ from typing import BinaryIO, Final
 
 _CRASHES: Final = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL)
 _ROOM: Final = 1 << 16
+_PATIENCE_MS: Final = 250
 _length = struct.Struct("=Q")
 
 
@@ -32,7 +33,8 @@ class OutputFailed(OSError):
 class Spool:
     """Bytes on their way to a stream, in memory that survives this process. On a terminal every line goes at once.
 
-    Those in `before_waiting` are called each time before the stream, a pipe or a terminal, makes this process wait.
+    Those in `before_waiting` are called each time that the stream, a pipe or a terminal, makes this process wait for
+    more than a moment.
     """
 
     def __init__(self, stream: BinaryIO) -> None:
@@ -68,7 +70,7 @@ class Spool:
         try:
             while rest:  # an unbuffered stream may take a part
                 part = rest if self._poll is None else rest[: select.PIPE_BUF]
-                if self._poll is not None and not self._poll.poll(0):
+                if self._poll is not None and not self._poll.poll(_PATIENCE_MS):
                     for call in self.before_waiting:
                         call()
                     self._poll.poll()

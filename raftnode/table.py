@@ -36,9 +36,10 @@ class Column(Struct, frozen=True):
 
 class _Row(Struct, frozen=True):
     cells: Sequence[str] | None
-    """None: there is only a remark."""
+    """None: there is only a remark, or a note."""
     remark: str
     style: Style | None
+    is_note: bool = False
 
 
 class Table:
@@ -63,6 +64,10 @@ class Table:
     def remark(self, remark: str, style: Style | None = None) -> None:
         """Damage that left no row."""
         self._take(_Row(None, remark, style))
+
+    def note(self, text: str) -> None:
+        """A line that is no row."""
+        self._take(_Row(None, text, None, is_note=True))
 
     def _take(self, row: _Row) -> None:
         if self._sample is None:
@@ -130,7 +135,9 @@ class Table:
 
     def _write_row(self, row: _Row) -> None:
         lines = [] if row.cells is None else [self._line(row.cells)]
-        if row.remark:
+        if row.is_note:
+            lines.append(escape(row.remark))
+        elif row.remark:
             lines.append(f"{'  ^ ' if lines else ''}DAMAGED: {escape(row.remark)}")
         for line in lines:
             self._write(row.style(line) if row.style else line)

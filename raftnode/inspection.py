@@ -53,6 +53,8 @@ HOLD_S: Final = 0.5
 """How long a look is held at the most. A node under full load writes some 10 MB meanwhile."""
 _BETWEEN_CLOCKS: Final = 0xFF
 """The clock is looked at once in so many positions or values, and one."""
+_LARGE: Final = 1 << 16
+"""After an entry of so many bytes the clock is looked at, too."""
 _COUNTED_AT_ONCE: Final = 50_000
 _META_PAGES: Final = 2
 _MOST_SEEDS: Final = 3
@@ -581,9 +583,10 @@ class LogReading:
         """The entries from `next` to `last`, or to where the log ends. Positions that are lost come as one record."""
         directory = self._directory
         lost: LogRecord | None = None
+        size = 0
         while True:
             commit_id = self.next
-            if not commit_id & _BETWEEN_CLOCKS:
+            if not commit_id & _BETWEEN_CLOCKS or size > _LARGE:
                 directory.release_if_long()
             if directory.looks != self._looks:
                 self._look_back()
@@ -591,6 +594,7 @@ class LogReading:
             if commit_id > last or commit_id > directory.last:
                 break
             stored, problem = directory.look_up(commit_id)
+            size = 0 if stored is None else len(stored)
             self.next = commit_id + 1
             if stored is None:
                 self._seeds = ()
@@ -703,13 +707,21 @@ def _add_lost(lost: LogRecord | None, commit_id: int, problem: str) -> tuple[Log
 def check_entry(commit_id: int, stored: bytes, seeds: tuple[int, ...]) -> tuple[LogRecord, tuple[int, ...]]:
     """A log record with the result of its check, and the seeds with which the next one may match. Without seeds the
     checksum can't be checked, and goes for right."""
+    if len(seeds) == 1:
+        try:
+            entry = records.unpack_entry(commit_id, stored)
+            if entry.checksum == chain(seeds[0], entry.term, commit_id, entry.time, entry.command):
+                return LogRecord(commit_id, entry), (entry.checksum,)
+        except StoreDamaged:
+            pass  # told below
+    return _check_doubtful(commit_id, stored, seeds)
+
+
+def _check_doubtful(commit_id: int, stored: bytes, seeds: tuple[int, ...]) -> tuple[LogRecord, tuple[int, ...]]:
+    """The same for one that is damaged, or follows one that is."""
     entry, problem = _salvage_entry(commit_id, stored)
     if entry is None:
         return LogRecord(commit_id, None, problem, commit_id), ()
-    if not problem and len(seeds) == 1:  # nearly all
-        seed = chain(seeds[0], entry.term, commit_id, entry.time, entry.command)
-        if seed == entry.checksum:
-            return LogRecord(commit_id, entry), (seed,)
     computed = [chain(seed, entry.term, commit_id, entry.time, entry.command) for seed in seeds]
     if not seeds or entry.checksum in computed:
         return LogRecord(commit_id, entry, problem), (entry.checksum,)

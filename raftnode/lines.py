@@ -11,11 +11,9 @@ import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
 
 from raftnode.inspection import LogRecord, StoredValue, command_of, salvage_command
-from raftnode.messages import AnyCommand, DeleteCommand, Entry, MembersCommand, PutCommand
+from raftnode.messages import AnyCommand, DeleteCommand, Entry, MembersCommand, Noop, PutCommand
 from raftnode.output import DamageLine, utc
 from raftnode.table import Column
-
-KINDS: Final = ("put", "delete", "members", "noop")
 
 
 class EntryLine(Struct, tag_field="record", tag="entry", kw_only=True, gc=False):
@@ -81,7 +79,7 @@ def entry_line(record: LogRecord, committed: int | None, values: bool) -> EntryL
         time=entry.time,
         size=entry.size,
         checksum=f"{entry.checksum:08x}",
-        state=state_of(entry.commit_id, committed),
+        state=None if committed is None else "committed" if record.commit_id <= committed else "staged",
     )
     problem = _add_command(line, entry, values)
     if record.damage or problem:
@@ -102,8 +100,8 @@ def _add_command(line: EntryLine, entry: Entry, values: bool) -> str | None:
         if values:
             line.raw = bytes(entry.command).decode(errors="backslashreplace")
         return problem
-    line.kind = kind_of(command)
-    if isinstance(command, PutCommand | DeleteCommand):
+    line.kind = _KIND_OF[type(command)]
+    if isinstance(command, _CHANGES):
         line.namespace, line.key, line.client = command.namespace, command.key, command.client or None
         return add_value(line, command.value) if values and isinstance(command, PutCommand) else None
     if isinstance(command, MembersCommand):
@@ -111,15 +109,16 @@ def _add_command(line: EntryLine, entry: Entry, values: bool) -> str | None:
     return None
 
 
-_KIND_OF: Final[dict[type, str]] = {}
+_CHANGES: Final = (PutCommand, DeleteCommand)
+_KIND_OF: Final[dict[type, str]] = {
+    kind: str(kind.__struct_config__.tag) for kind in (PutCommand, DeleteCommand, MembersCommand, Noop)
+}
+KINDS: Final = tuple(_KIND_OF.values())
 
 
 def kind_of(command: AnyCommand) -> str:
     """What the log calls this kind of command."""
-    found = _KIND_OF.get(type(command))
-    if found is None:
-        found = _KIND_OF[type(command)] = str(type(command).__struct_config__.tag)
-    return found
+    return _KIND_OF[type(command)]
 
 
 def add_value(line: EntryLine | ValueLine, value: Raw) -> str | None:

@@ -43,26 +43,29 @@ class Spool:
         self._poll = _poll_for(stream)
         self._eager = stream.isatty()
         self._memory = mmap.mmap(-1, _length.size + _ROOM)
+        self._end = _length.size
 
     def write(self, line: bytes) -> None:
         """Raises BrokenPipeError when nobody takes the output any more, and OutputFailed; `flush` does as well."""
-        used = self._used
-        if used + len(line) > _ROOM:
+        end = self._end + len(line)
+        if end > _length.size + _ROOM:
             self.flush()
-            used = 0
+            end = self._end + len(line)
         if len(line) > _ROOM:
             self._hand_over(line)
             return
-        start = _length.size + used
-        self._memory[start : start + len(line)] = line
-        _length.pack_into(self._memory, 0, used + len(line))
+        self._memory[self._end : end] = line
+        self._end = end
+        _length.pack_into(self._memory, 0, end - _length.size)
         if self._eager:
             self.flush()
 
     def flush(self) -> None:
         """Hand everything to the stream."""
-        waiting = self._memory[_length.size : _length.size + self._used]
+        used: int = _length.unpack_from(self._memory)[0]  # the other process may have written it
+        waiting = self._memory[_length.size : _length.size + used]
         _length.pack_into(self._memory, 0, 0)
+        self._end = _length.size
         self._hand_over(waiting)
 
     def _hand_over(self, data: bytes) -> None:
@@ -87,11 +90,6 @@ class Spool:
         if self._poll is not None:
             poll.register(self._stream.fileno(), 0)  # errors are always told
         return not poll.poll(timeout_ms)
-
-    @property
-    def _used(self) -> int:
-        used: int = _length.unpack_from(self._memory)[0]
-        return used
 
 
 def _poll_for(stream: BinaryIO) -> select.poll | None:

@@ -253,12 +253,14 @@ def file_system_of(path: Path) -> str:
 
 def _new_bundle(directory: Path | None) -> Path:
     """A new directory for a run, on a disk: what is kept in memory only tests no disk."""
+    if directory is not None:
+        directory.mkdir(parents=True, exist_ok=True)
     parents = [directory] if directory else [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
     for parent in parents:
         if parent.is_dir() and os.access(parent, os.W_OK) and file_system_of(parent) not in ("tmpfs", "ramfs"):
             return Path(tempfile.mkdtemp(prefix="raftnode-chaos-", dir=parent))
     where = " or ".join(map(str, parents))
-    raise click.UsageError(f"{where} is no directory on a disk (a tmpfs is none): give one with --directory")
+    raise click.UsageError(f"{where}: not on a disk (a tmpfs is none), or not to be written to: choose another --directory")
 
 
 def _show_on_terminal() -> Progress:
@@ -297,7 +299,7 @@ def _fault_names(context: click.Context, option: click.Parameter, text: str) -> 
 @click.option("--faults", default=",".join(FAULTS), callback=_fault_names, metavar="NAME,...",
               help=f"Only these.  [default: {', '.join(FAULTS)}]")  # fmt: skip
 @click.option("--directory", type=click.Path(path_type=Path, file_okay=False), metavar="DIR",
-              help="Make the bundle below this directory.")  # fmt: skip
+              help="Make the bundle below this directory, which is made if need be.")  # fmt: skip
 @click.option("--keep", is_flag=True, help="Keep the bundle of a good run, too.")
 @click.option("--judge", "bundle", type=click.Path(path_type=Path, exists=True, file_okay=False), metavar="BUNDLE",
               help="Run nothing: judge this bundle again.")  # fmt: skip

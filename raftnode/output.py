@@ -121,11 +121,19 @@ class Inspector(click.Group):
         run: Callable[..., object] = super().main
         return sys.exit(supervise(lambda: run(obj=output), output_crashed(output)))
 
-    def invoke(self, ctx: click.Context) -> Any:
+    def _invoke_and_flush(self, ctx: click.Context) -> None:
         output: Output = ctx.obj
         try:
             super().invoke(ctx)
+        except click.exceptions.Exit:  # a command's own status
             output.spool.flush()
+            raise
+        output.spool.flush()
+
+    def invoke(self, ctx: click.Context) -> Any:
+        output: Output = ctx.obj
+        try:
+            self._invoke_and_flush(ctx)
         except (click.ClickException, click.exceptions.Exit):
             raise
         except BrokenPipeError:

@@ -10,6 +10,7 @@ The child's output is collected in memory that both share: what it had written w
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import mmap
 import os
 import resource
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from typing import BinaryIO, Final
 
 _CRASHES: Final = (signal.SIGABRT, signal.SIGBUS, signal.SIGSEGV, signal.SIGFPE, signal.SIGILL)
+_PR_SET_PDEATHSIG: Final = 1
 _ROOM: Final = 1 << 16
 _PATIENCE_MS: Final = 250
 _length = struct.Struct("=Q")
@@ -111,12 +113,22 @@ def supervise(work: Callable[[], object], crashed: Callable[[str], int]) -> int:
     `work` ends by SystemExit, or returns for status 0; in the child this never returns. When the child was ended by a
     fault, the status is what `crashed`, called in the parent with the name of the signal, returns. No thread may run.
     """
+    parent = os.getpid()
     child = os.fork()
     if child == 0:
+        _die_with(parent)
         resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
         work()
         raise SystemExit(0)
     return _wait(child, crashed)
+
+
+def _die_with(parent: int) -> None:
+    """Let the kernel end this process when its parent dies, however that happens: nobody would end one that follows a
+    log."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
 
 
 def _wait(child: int, crashed: Callable[[str], int]) -> int:

@@ -137,7 +137,7 @@ class Directory:
         self.path = path
         self.looks = 0
         self.on_new_look: Callable[[], None] | None = None
-        """Called when a new look sees what a node has written since the one before."""
+        """Called when a new look sees more committed than the one before."""
         self.hold_s = HOLD_S
         """How long a look may be held. Who needs one look for all raises it, and reads little or not for long."""
         self._map_bytes = map_bytes
@@ -202,13 +202,13 @@ class Directory:
 
     def _take_news(self, txn: lmdb.Transaction) -> None:
         """What has changed since the look before."""
-        self._seen = txn.id()
+        self._seen, committed = txn.id(), self.committed
         stored = txn.get(b"commit_id", db=self._dbs[records.META])
         if stored is not None and self.committed is not None:
             with contextlib.suppress(StoreDamaged):  # then it stays at what was read before
                 self.committed = records.unpack_meta(b"commit_id", bytes(stored), int)
         self.first, self.last = self._ends()
-        if self.on_new_look is not None:
+        if self.on_new_look is not None and self.committed != committed:
             self.on_new_look()
 
     def look_again(self) -> None:

@@ -33,7 +33,6 @@ between two of them; `state --at` is always one state.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -96,8 +95,9 @@ _ENTRY_FIELDS: Final = (
     "wrong: that is always shown, whatever the filters say."
 )
 _LIVE: Final = (
-    "A live node is not held up, however slowly this is read. The listing ends where the log ended when it began; a "
-    "line tells if staged entries were cut meanwhile."
+    "A live node is not held up, however slowly this is read. The listing ends where the log ended when it began. If "
+    'staged entries that it has listed were cut meanwhile, a line with record "cut" tells the first (commit_id), and '
+    "the listing goes on from there."
 )
 
 
@@ -166,8 +166,8 @@ def main() -> None:
     --from, --to, --tail, --term and --staged seek. The other filters look at every entry of the range.
 
     {_LIVE} With --follow it goes on with what the node writes, until Ctrl-C, also over a restart of the node: entries
-    are listed when they are in the log, and a line (commit_id, staged) tells when those listed as staged have
-    committed.
+    are listed when they are in the log, and a line with record "committed" (commit_id, staged) tells when those listed
+    as staged have committed.
     """,
     epilog=EPILOG,
 )
@@ -271,9 +271,9 @@ class _Listing:
 
     def print(self, first: int, last: int | None) -> None:
         """The wanted entries of a range."""
-        if self._wanted.scans and not self._output.is_terminal:
+        if self._wanted.scans:
             upto = self._opened.last if last is None else min(last, self._opened.last)
-            with progress(max(1, upto - first + 1), "looking") as advance:
+            with progress(max(1, upto - first + 1), "looking", self._output) as advance:
                 self._add_all(_counted(self._opened.entries(first, last, self._cut), advance))
         else:
             self._add_all(self._opened.entries(first, last, self._cut))
@@ -410,7 +410,8 @@ def _past_values(
     namespace, key, client (the name that it gave, else its address), state (staged or committed), before (the value
     before; not there when there was none), value (what was put; not there for a delete), replaced (the commit_id of the
     value before), created and version (after it, as in `state`). In a log that does not begin at 1, before and replaced
-    are missing for the first change, and created and version are null until a delete.
+    are missing for the first change, and created and version are null until a delete. damaged and reason where
+    something is wrong: an entry that can't be read may have been a change of the key, and is shown as one of the log.
 
     It looks at every entry: a million take some seconds. A live node is not held up, however slowly this is read; what
     it writes meanwhile is not listed.
@@ -426,15 +427,13 @@ def history(output: Output, directory: Path, as_json: bool, key: str, namespace:
     except ProtocolError as error:
         raise click.UsageError(str(error)) from error
     width = terminal_width()
-    with open_directory(output, directory, as_json) as opened, contextlib.ExitStack() as shown:
+    with open_directory(output, directory, as_json) as opened:
         yellow = output.style(fg="yellow")
         printer = Printer(output, as_json, _CHANGE_COLUMNS, lambda line: _change_cells(line, width), yellow)
-        records = past.records_of_key(opened, namespace, key)
-        if not output.is_terminal:
-            advance = shown.enter_context(progress(max(1, opened.last - opened.first + 1), "looking"))
+        with progress(max(1, opened.last - opened.first + 1), "looking", output) as advance:
             records = past.records_of_key(opened, namespace, key, advance)
-        for found in past.changes(records, namespace, key, opened.first == 1):
-            printer.add(_found_line(found, opened.committed))
+            for found in past.changes(records, namespace, key, opened.first == 1):
+                printer.add(_found_line(found, opened.committed))
         printer.finish()
     report_damage(output, directory)
 
@@ -474,7 +473,10 @@ def _found_line(found: past.Change | LogRecord, committed: int | None) -> Change
         line.before = one_line(found.before)[0] or UNSET
     if isinstance(command, PutCommand):
         value, wrong = one_line(command.value)
-        line.value = value or UNSET
+        if value is None:
+            line.raw = bytes(command.value).decode(errors="backslashreplace")
+        else:
+            line.value = value
         problem = problem or wrong
     if problem:
         line.damaged, line.reason = True, problem
@@ -493,7 +495,7 @@ def _change_cells(line: ChangeLine | EntryLine, width: int) -> list[str]:
         line.state or "?",
         "-" if version is None else str(version),
         value_text(before, UNSET, width),
-        value_text(after, UNSET, width),
+        value_text(after, line.raw, width),
     ]
 
 

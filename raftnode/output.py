@@ -85,13 +85,24 @@ class Output:
         self.is_coloured = self.is_terminal and not os.environ.get("NO_COLOR")
         self.encoding = sys.stdout.encoding or "utf-8"
         self.damage = 0
+        self.before_next_line: Callable[[], None] | None = None
+        """Called once, before anything more is printed: it takes a progress bar away."""
 
     def json(self, line: Struct) -> None:
         """One object, one line."""
+        if self.before_next_line is not None:
+            self._make_way()
         self.spool.write(_encode(line) + b"\n")
 
     def text(self, line: str) -> None:
+        if self.before_next_line is not None:
+            self._make_way()
         self.spool.write(line.encode(self.encoding, errors="replace") + b"\n")
+
+    def _make_way(self) -> None:
+        assert self.before_next_line is not None, "asked only when there is something in the way"
+        self.before_next_line()
+        self.before_next_line = None
 
     def style(self, **how: Any) -> Style | None:
         """A colour, on a terminal that wants one."""
@@ -312,13 +323,19 @@ def print_table(
 
 
 @contextlib.contextmanager
-def progress(length: int, label: str) -> Iterator[Callable[[int], None]]:
+def progress(length: int, label: str, output: Output | None = None) -> Iterator[Callable[[int], None]]:
     """A progress bar on standard error for work of `length` steps, if it takes longer than a second and that is a
-    terminal. The block calls what it gets with the number of steps done since the last call; print nothing meanwhile.
+    terminal. The block calls what it gets with the number of steps done since the last call. It prints nothing, or says
+    to which output: there the bar is over with the first line that is printed, if both go to a terminal.
     """
     started, done = time.monotonic(), 0
     update: Callable[[int], None] | None = None
-    is_terminal = sys.stderr.isatty()
+    is_wanted = sys.stderr.isatty()
+
+    def end() -> None:
+        nonlocal is_wanted, update
+        is_wanted, update = False, None
+        shown.close()
 
     with contextlib.ExitStack() as shown:
 
@@ -327,12 +344,16 @@ def progress(length: int, label: str) -> Iterator[Callable[[int], None]]:
             done += steps
             if update is not None:
                 update(steps)
-            elif is_terminal and time.monotonic() - started > _PATIENCE_S:
+            elif is_wanted and time.monotonic() - started > _PATIENCE_S:
                 bar = shown.enter_context(click.progressbar(length=length, label=label, file=sys.stderr))
                 update = bar.update
                 update(done)
 
+        if output is not None and output.is_terminal:
+            output.before_next_line = end
         yield advance
+    if output is not None:
+        output.before_next_line = None
 
 
 def report_damage(output: Output, directory: Path) -> None:

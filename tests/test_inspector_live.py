@@ -7,6 +7,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,13 +18,15 @@ from types import TracebackType
 from typing import Any, Self
 
 import pytest
-from msgspec import Raw
+from msgspec import Raw, Struct
 from test_inspector import ADDRESS, TIME, fill, inspect, lines, new_store, run, start
 from test_processes import numbered, seeded
 
-from raftnode import output, records
+from raftnode import inspector, output, records
+from raftnode.about import NamespaceLine, NodeLine
 from raftnode.client import Client
 from raftnode.consensus.ballot import Ballot
+from raftnode.lines import EntryLine, ValueLine
 from raftnode.messages import Entry, PutCommand, chain, encode_command
 from raftnode.store import Store
 from raftnode.testing.processes import ClusterOfProcesses, NodeProcess, Writers, free_address, wait_until
@@ -543,3 +546,56 @@ def test_progress_is_for_people_who_wait(monkeypatch: pytest.MonkeyPatch) -> Non
     assert bar.endswith("\n")
     assert drawn(_Terminal(), 1000) == ""
     assert drawn(io.StringIO(), -1) == ""
+
+
+class _TerminalBytes(io.BytesIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_makes_way_for_what_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the listing goes to a terminal as well, the bar is over with the first line that is printed, and does not
+    come back; where it goes to a file, the bar goes on to the end."""
+    monkeypatch.setattr(output, "_PATIENCE_S", -1)
+    for stream, ends_at in ((_TerminalBytes(), "20%"), (io.BytesIO(), "100%")):
+        monkeypatch.setattr(sys, "stderr", _Terminal())
+        printed = output.Output(stream)
+        with output.progress(1000, "looking", printed) as advance:
+            advance(100)
+            advance(100)
+            printed.text("found")
+            advance(800)
+        printed.text("more")
+        printed.spool.flush()
+        bar = sys.stderr.getvalue()
+        assert ends_at in bar
+        assert ("100%" in bar) is (ends_at == "100%")
+        assert stream.getvalue() == b"found\nmore\n"
+
+
+# --- the published interface ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("command", "kinds"),
+    [
+        ("log", [EntryLine, inspector.CutLine, inspector.CommittedLine]),
+        ("commits", [inspector.CommittedLine]),
+        ("state", [ValueLine, inspector.RenewedLine]),
+        ("history", [inspector.ChangeLine]),
+        ("info", [NodeLine, NamespaceLine]),
+    ],
+)
+def test_every_field_is_documented(command: str, kinds: list[type[Struct]]) -> None:
+    """The help of each command names every field of the lines that it prints with --json, and so does the docstring of
+    the module, where each line stands under its `record`."""
+    words = set(re.findall(r"\w+", inspect(command, "--help").stdout))
+    map_ = inspector.__doc__ or ""
+    for kind in kinds:
+        tag = str(kind.__struct_config__.tag)
+        described = re.search(rf"^    {tag} +(.*?)(?=^    \w|^$)", map_, re.MULTILINE | re.DOTALL)
+        assert described, tag
+        fields = set(kind.__struct_fields__)
+        assert fields - words <= {"raw"}
+        assert fields - set(re.findall(r"\w+", described[1])) <= {"raw", "damaged", "reason"}
+    assert "raw" in map_

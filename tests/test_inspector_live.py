@@ -439,7 +439,7 @@ def test_under_full_load(node: NodeProcess) -> None:
         assert [line["client"] for line in node.inspect("history", key)] == [logs_client(logs[0], key)]
         middle = logs[1][-1]["commit_id"] // 2
         replayed = [line["key"] for line in node.inspect("state", "--at", str(middle))]
-        assert sorted(replayed) == sorted(line["key"] for line in logs[0][:middle] if line["kind"] == "put")
+        assert sorted(replayed) == sorted(line["key"] for line in logs[1][:middle] if line["kind"] == "put")
         assert sum(line["keys"] for line in node.inspect("info") if line["record"] == "namespace") > 0
         writers.await_more(200, explain=node.describe)
         writers.stop()
@@ -448,9 +448,10 @@ def test_under_full_load(node: NodeProcess) -> None:
         assert following.interrupt() == (130, b"")
     final = node.inspect("log")
     by_id = {line["commit_id"]: (line["term"], line["checksum"]) for line in final}
-    for log in [*logs, following.of("entry")]:
+    followed = following.of("entry")
+    for log in [*logs, followed]:
         assert all(by_id[line["commit_id"]] == (line["term"], line["checksum"]) for line in log)
-    assert [line["commit_id"] for line in following.of("entry")] == list(range(1, len(following.of("entry")) + 1))
+    assert [line["commit_id"] for line in followed] == list(range(1, len(followed) + 1))
     assert following.of("cut") == following.of("damage") == []
     told = {done.record.key: done.commit_id for done in writers.acknowledged}
     assert {line["key"]: line["commit_id"] for line in final if line["key"] in told} == told

@@ -145,7 +145,11 @@ class Table:
     def _line(self, cells: Sequence[str]) -> str:
         parts = []
         for n, width in self._shown:
-            column, text = self._columns[n], escape(cells[n])
+            column, text = self._columns[n], cells[n]
+            if len(text) <= width and text.isascii() and text.isprintable():  # nearly all
+                parts.append(text.rjust(width) if column.right else text.ljust(width))
+                continue
+            text = escape(text)
             if column.least is not None:
                 text = shorten(text, width)
             blank = " " * (width - text_width(text))

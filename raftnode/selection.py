@@ -96,28 +96,33 @@ def window(
     """The positions from which to which the wanted entries are to be looked for; None for no end."""
     if first is not None and last is not None and first > last:
         raise click.UsageError(f"--from {first} is after {last}, the last one to show")
-    first = first or 1
+    first, scans = first or 1, wanted.scans
     if staged and directory.committed is not None:
         first = max(first, directory.committed + 1)
     if wanted.term is not None:
         begin, end = directory.position_of_term(wanted.term), directory.position_of_term(wanted.term + 1)
         first = first if begin is None else max(first, begin)
+        scans = scans or begin is None or end is None
         if end is not None and end <= directory.last:
             last = end - 1 if last is None else min(last, end - 1)
     if tail is not None:
         newest = directory.last if last is None else min(last, directory.last)
-        nth = _nth_newest(directory, wanted, first, newest, tail) if wanted.scans else newest - tail + 1
+        nth = _nth_newest(directory, wanted, first, newest, tail) if scans else newest - tail + 1
         first = max(first, nth)
     return first, last
 
 
 def _nth_newest(directory: Directory, wanted: Filter, first: int, last: int, count: int) -> int:
-    """The position of the `count`th newest wanted entry, or `first`; block by block from the end."""
+    """The position of the `count`th newest wanted entry that is sound, or `first`; block by block from the end."""
     is_wanted = wanted.test()
     end = last
     while end >= max(first, directory.first):
         start = max(first, end - _BLOCK + 1)
-        found = [record.commit_id for record in LogReading(directory, start).upto(end) if is_wanted(record)]
+        found = [
+            record.commit_id
+            for record in LogReading(directory, start).upto(end)
+            if not record.damage and is_wanted(record)
+        ]
         if len(found) >= count:
             return found[-count]
         count -= len(found)

@@ -214,6 +214,8 @@ def test_damage_is_always_shown(made: tuple[Path, list[Made]], tmp_path: Path) -
     found = lines(inspect("log", copy, "--json", "--term", term).stdout, "entry")
     wanted = [entry.commit_id for entry in entries if entry.term == term]
     assert [line["commit_id"] for line in found if "damaged" not in line] == wanted
+    found = lines(inspect("log", copy, "--json", "--term", term, "--tail", 2).stdout)
+    assert [line["commit_id"] for line in found] == wanted[-2:] + damaged
 
 
 @pytest.mark.parametrize("when", ["yesterday", "2023-13-01", "5", "15 m"])

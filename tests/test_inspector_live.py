@@ -293,10 +293,9 @@ def test_follow_as_a_table(tmp_path: Path) -> None:
 
 def test_another_copy_in_its_place(tmp_path: Path) -> None:
     """The data file is replaced while it is followed: by a later copy of the same node's it goes on; by one in which
-    other entries are committed it ends with one line and status 3."""
+    other entries are committed it ends with one line and status 3, also if it has listed those as staged before."""
     store = new_store(tmp_path / "d")
     fill(store, 3)
-    store.close()
     file = tmp_path / "d" / records.DATA_FILE
 
     def replace(count: int, prefix: str) -> None:
@@ -311,9 +310,14 @@ def test_another_copy_in_its_place(tmp_path: Path) -> None:
 
     with Following("log", tmp_path / "d", "--follow") as following:
         following.await_entry(3)
+        stage(store, 3, "staged")
+        following.await_entry(4, "staged")
         original = file.read_bytes()
+        store.commit("default")
+        store.close()
+        wait_until(lambda: following.of("committed"), "it is told to have committed")
         replace(2, "later")
-        following.await_entry(5, "committed")
+        following.await_entry(6, "committed")
         (tmp_path / "old").write_bytes(original)
         (tmp_path / "old").replace(file)
         replace(5, "other")

@@ -9,9 +9,9 @@ from __future__ import annotations
 import random
 import shutil
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from msgspec import Raw, Struct
@@ -22,16 +22,18 @@ from raftnode import past, records, selection
 from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
-from raftnode.inspection import Directory
+from raftnode.inspection import Directory, LogRecord
 from raftnode.messages import (
     AnyCommand,
     DeleteCommand,
+    Entry,
     EntryId,
     MembersCommand,
     Noop,
     PutCommand,
     encode_command,
 )
+from raftnode.past import Change
 from raftnode.store import Store
 
 COUNT = 1200
@@ -290,6 +292,35 @@ def test_history_as_a_table(made: tuple[Path, list[Made]]) -> None:
     assert max(map(len, table)) <= 90
 
 
+class CutMeanwhile:
+    """A directory in which a staged entry is cut while its log is read, and another stands in its place."""
+
+    committed = 1
+
+    def entries(self, on_cut: Callable[[int], None]) -> Iterator[LogRecord]:
+        yield self.record(1, "first")
+        yield self.record(2, "was cut")
+        yield self.record(3, "was cut, too")
+        on_cut(2)
+        yield self.record(2, "second")
+
+    def record(self, commit_id: int, value: str) -> LogRecord:
+        command = PutCommand(namespace="default", key="k", value=encode(value))
+        return LogRecord(commit_id, Entry(3, commit_id, TIME, 0, encode_command(command)))
+
+
+def test_history_without_what_was_cut() -> None:
+    """Changes that were cut while the history was read are not in it, nor in what later ones tell of the one before."""
+    directory = cast(Directory, CutMeanwhile())
+    found = list(past.changes(past.records_of_key(directory, "default", "k"), "default", "k", from_start=True))
+    told = [(change.entry.commit_id, change.before, change.replaced) for change in found if isinstance(change, Change)]
+    assert told == [(1, None, None), (2, encode("first"), 1)]
+
+
+def encode(value: str) -> Raw:
+    return Raw(f'"{value}"'.encode())
+
+
 def test_history_of_nothing(made: tuple[Path, list[Made]]) -> None:
     """A key that nobody wrote has no history; one that can't be a key is wrong usage."""
     assert inspect("history", made[0], "none", "--json").stdout == ""
@@ -323,11 +354,18 @@ def test_history_in_a_log_that_begins_later(made: tuple[Path, list[Made]], tmp_p
     """What the log does not tell any more is left out, not guessed: the first value before, and the versions until the
     key was deleted once. All else is as in the whole log."""
     copy = Path(shutil.copytree(made[0], tmp_path / "copy"))
-    whole = lines(inspect("history", copy, "ab", "--json").stdout)
+    later = [(entry.where, entry.kind) for entry in made[1][300:]]
+    for where in [(space, key) for space in SPACES for key in KEYS]:
+        kinds = [kind for found, kind in later if found == where]
+        if kinds[:3] == ["put", "put", "put"]:
+            break
+    else:
+        raise AssertionError("no key is put three times before it is deleted: take another seed")
+    command = ["history", copy, where[1], "--namespace", where[0], "--json"]
+    whole = [line for line in lines(inspect(*command).stdout) if line["commit_id"] > 300]
     compacted(copy, 300)
-    found = lines(inspect("history", copy, "ab", "--json").stdout)
-    whole = [line for line in whole if line["commit_id"] > 300]
-    deleted = next(n for n, line in enumerate(whole) if line["kind"] == "delete")
+    found = lines(inspect(*command).stdout)
+    deleted = kinds.index("delete")
     assert found[deleted + 1 :] == whole[deleted + 1 :]
     assert "before" not in found[0]
     assert found[0]["replaced"] is None
@@ -394,6 +432,21 @@ def test_state_at_of_a_damaged_log(made: tuple[Path, list[Made]], tmp_path: Path
     assert all("may be missing or wrong below" in line["reason"] for line in damage)
     assert [line["modified"] for line in values if line.get("damaged")] == [newest]
     assert {(line["namespace"], line["key"]) for line in values} == set(state)
+
+
+def test_state_at_with_a_command_of_a_newer_version(tmp_path: Path) -> None:
+    """An entry that matches its checksum, but that this version can't carry out: what it did may be missing, which is
+    told; the rest is shown. Status 4."""
+    store = new_store(tmp_path)
+    store.journal.append(3, TIME, encode_command(PutCommand(namespace="default", key="k", value=Raw(b"1"))))
+    store.journal.append(3, TIME, Raw(b'{"kind":"lease","ttl":5}'))
+    store.write()
+    store.close()
+    change(tmp_path, records.META, lambda txn, db: txn.put(b"commit_id", records.pack_meta(b"commit_id", 2), db=db))
+    result = inspect("state", tmp_path, "--at", 2, "--json")
+    assert result.exit_code == 4
+    damage, value = lines(result.stdout)
+    assert (damage["record"], damage["commit_id"], value["key"], value["value"]) == ("damage", 2, "k", 1)
 
 
 def test_the_past_needs_no_memory_for_the_log(tmp_path: Path) -> None:

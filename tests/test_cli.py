@@ -550,7 +550,7 @@ def test_a_node_listens_where_it_is_told_to(tmp_path: Path) -> None:
                     assert client.peers()["peers"] == [known_as]
             finally:
                 process.kill()
-    [info] = inspect(tmp_path, "info")
+    info = inspect(tmp_path, "info")[0]
     assert info["address"] == known_as
     ran = _serve("serve", "--ip", known_as, "--volume", str(tmp_path), RAFTNODE_LISTEN="")
     assert f"can't listen on {known_as}" in ran.stderr.splitlines()[-1]

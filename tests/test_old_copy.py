@@ -681,7 +681,7 @@ def test_the_witness_outlives_its_owner(cluster: ClusterOfProcesses, tmp_path: P
 
         def is_on_disk() -> bool:
             client.put("tick", next(ticks))
-            return witnesses_on_disk(leader)[node.address].floor.commit_id >= upto
+            return witnesses_on_disk(leader).get(node.address, Witness()).floor.commit_id >= upto
 
         wait_until(is_on_disk, "the witness is written", explain=cluster.describe)
     cluster.kill()

@@ -635,9 +635,11 @@ class LogReading:
 
     def _go_back(self, start: int) -> None:
         """To the first entry, of the staged ones that were read, that is no longer there."""
-        same = 0
-        while (self._directory.checksum_at(start + same) or 0) == self._staged[same]:
+        same, read = 0, len(self._staged)
+        while same < read and (self._directory.checksum_at(start + same) or 0) == self._staged[same]:
             same += 1
+        if same == read:  # a page that could not be read, a moment ago
+            return
         del self._staged[same:]
         self.next = start + same
         self._seeds = self._seeds_at(self.next)

@@ -260,7 +260,7 @@ def _new_bundle(directory: Path | None) -> Path:
         if parent.is_dir() and os.access(parent, os.W_OK) and file_system_of(parent) not in ("tmpfs", "ramfs"):
             return Path(tempfile.mkdtemp(prefix="raftnode-chaos-", dir=parent))
     where = " or ".join(map(str, parents))
-    raise click.UsageError(f"{where}: not on a disk (a tmpfs is none), or not to be written to: choose another --directory")
+    raise click.UsageError(f"{where}: not on a disk (a tmpfs is none), or can't be written: choose another --directory")
 
 
 def _show_on_terminal() -> Progress:

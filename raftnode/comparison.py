@@ -20,29 +20,30 @@ Everything that was acknowledged to a client is committed, but not the other way
 one that is not known to be, the answer may or may not have reached its client.
 
 **Which directory to keep**: the one that would win an election, with the highest (term, commit_id) at the end of its
-log. If sound directories of a majority of the voters are here, every committed entry is in at least one of them, and by
-the rule of elections in that one (thesis 3.6.3). Of fewer, nobody can say what the missing ones have committed.
+log. If directories of a majority of the voters are here, each as its node left it, every committed entry is in at least
+one of them, and by the rule of elections in that one (thesis 3.6.3). Of fewer, nobody can say what the missing ones
+have committed; nor if one of them is an older copy, which is noticed only when another one remembers more.
 """
 
 from __future__ import annotations
 
-from bisect import insort
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from heapq import merge
+from itertools import chain, groupby, pairwise
 from pathlib import Path
-from typing import Final
 
 from msgspec import Struct
 
+from raftnode import records
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.witness import Witness
-from raftnode.errors import ProtocolError
-from raftnode.inspection import Directory
+from raftnode.errors import ProtocolError, StoreDamaged
+from raftnode.inspection import Directory, StoredValue
 from raftnode.messages import GENESIS, DeleteCommand, Entry, EntryId, PutCommand, decode_command
-from raftnode.survey import Marks, Survey
+from raftnode.survey import EntryMark, Marks, Survey
 from raftnode.verification import forgotten
 
-BYTES: Final = "bytes"
+_STEP = 2000
 
 
 # --- where two logs part --------------------------------------------------------------------------------------
@@ -110,6 +111,16 @@ class Loss(Struct, frozen=True):
     certain_to: int
     """Up to here they are committed for certain; below `first` when none is."""
 
+    @property
+    def entries(self) -> int:
+        """How many."""
+        return self.last - self.first + 1
+
+    @property
+    def certain(self) -> int:
+        """How many of them are committed for certain."""
+        return max(0, min(self.certain_to, self.last) - self.first + 1)
+
 
 class Holding(Struct, frozen=True):
     """A row of entries, and who has them."""
@@ -139,8 +150,10 @@ class Verdict(Struct, kw_only=True):
     candidates: list[Candidate]
     membership: Membership | None
     best: Candidate | None
+    sound: list[str]
+    """Voters of which a whole directory is here that keeps all that the others remember."""
     is_majority: bool
-    """Sound directories of a majority of the voters are here."""
+    """They are a majority. What nobody here remembers is not seen: two older copies of a majority look as sound."""
     missing: list[str]
     """Voters of which no directory is here that can be read."""
     certain: int
@@ -165,11 +178,12 @@ def compare(surveys: Sequence[Survey]) -> Verdict:
         membership = memberships[-1] if memberships else None
     for candidate in readable:
         candidate.voter = _voter(candidate.survey, membership)
-        candidate.lacks = _forgotten(candidate, readable)
+        candidate.lacks = _forgotten(candidate, readable) if candidate.voter else []
     verdict = Verdict(
         candidates=candidates,
         membership=membership,
         best=best,
+        sound=[],
         is_majority=False,
         missing=[],
         certain=0,
@@ -233,8 +247,8 @@ def _weigh(verdict: Verdict, best: Candidate, readable: Sequence[Candidate]) -> 
     counted = {candidate.voter: candidate for candidate in readable if candidate.counts and candidate.voter}
     if membership is not None:
         verdict.missing = [address for address in membership.voters if address not in counted]
-        sound = [voter for voter, candidate in counted.items() if candidate.survey.is_whole and not candidate.lacks]
-        verdict.is_majority = membership.is_majority(sound)
+        verdict.sound = [voter for voter, it in counted.items() if it.survey.is_whole and not it.lacks]
+        verdict.is_majority = membership.is_majority(verdict.sound)
     partings = {candidate.survey.path: part(best.survey, candidate.survey) for candidate in readable}
     shared = {path: parting.equal_to for path, parting in partings.items()}
     shared[best.survey.path] = best.survey.last
@@ -306,11 +320,6 @@ def _contradictions(readable: Sequence[Candidate], partings: dict[Path, Parting]
                 f"{survey.path} has entry {differ_at} as committed, and {best.survey.path}, which would win an "
                 "election, has another one there: one of the two is damaged, forged, or of another cluster"
             )
-        elif differ_at is None and survey.committed > best.survey.last:
-            yield (
-                f"{survey.path} has committed up to {survey.committed}, and {best.survey.path}, which would win an "
-                f"election, ends at {best.survey.last}"
-            )
 
 
 def _holdings(
@@ -337,7 +346,7 @@ def _branches(
     for candidate in sorted(readable, key=lambda c: c.survey.last, reverse=True):
         survey = candidate.survey
         known = max([shared[survey.path], *(part(survey, other.survey).equal_to for other in told)])
-        if candidate is not trunk and known < survey.last:
+        if candidate is not trunk and known < survey.newest.commit_id:
             yield candidate, known + 1
             told.append(candidate)
 
@@ -351,10 +360,8 @@ def _rows(
     certain: int,
 ) -> Iterator[Holding]:
     """The entries of one log from `first` on, cut where somebody's copy ends, and where certainty does."""
-    ends: list[int] = []
-    for end in {*shared.values(), certain, owner.survey.last}:
-        if first <= end <= owner.survey.last:
-            insort(ends, end)
+    newest = owner.survey.newest.commit_id
+    ends = sorted(end for end in {*shared.values(), certain, newest} if first <= end <= newest)
     for last in ends:
         holders = [candidate for candidate in readable if shared[candidate.survey.path] >= last]
         voters = {candidate.voter for candidate in holders if candidate.counts and candidate.voter}
@@ -370,18 +377,49 @@ def _losses(
     """What the others have and `choice` has not."""
     known = {candidate.survey.path: part(choice.survey, candidate.survey).equal_to for candidate in readable}
     losses = []
-    if choice is not best and known[best.survey.path] < best.survey.last:
-        losses.append(Loss(best.survey.path, known[best.survey.path] + 1, best.survey.last, certain))
-    for candidate, first in _branches(best, readable, shared):
+    newest = best.survey.newest.commit_id
+    if choice is not best and known[best.survey.path] < newest:
+        losses.append(Loss(best.survey.path, known[best.survey.path] + 1, newest, certain))
+    for candidate, start in _branches(best, readable, shared):
         survey = candidate.survey
-        first = max(first, known[survey.path] + 1)
-        if candidate is not choice and first <= survey.last:
-            losses.append(Loss(survey.path, first, survey.last, survey.committed))
+        first, newest = max(start, known[survey.path] + 1), survey.newest.commit_id
+        if candidate is not choice and first <= newest:
+            losses.append(Loss(survey.path, first, newest, survey.committed))
     return losses
 
 
 def _paths(candidates: Iterable[Candidate]) -> str:
     return ", ".join(str(candidate.survey.path) for candidate in candidates)
+
+
+# --- without reading all --------------------------------------------------------------------------------------
+
+
+class StoredMarks:
+    """The log of an open directory, by what stands in its records: their contents are not read."""
+
+    def __init__(self, opened: Directory) -> None:
+        self.first, self.last = opened.first, opened.last
+        self._opened = opened
+
+    def mark(self, commit_id: int) -> EntryMark | None:
+        stored, _ = self._opened.look_up(commit_id)
+        if stored is None:
+            return None
+        try:
+            entry = records.unpack_entry(commit_id, bytes(stored))
+        except StoreDamaged:
+            return None
+        return EntryMark(entry.term, entry.checksum)
+
+
+def needs_scan(opened: Directory, parting: Parting) -> bool:
+    """True when the place where the log parts from another can't be told by halving: a fact is damaged, there is a hole
+    in the log, or an entry at that place does not match its checksum."""
+    if opened.facts.damage or opened.kept != opened.last - opened.first + 1:
+        return True
+    first = max(parting.equal_to, opened.first)
+    return any(record.damage for record in opened.entries(first, min(first + 1, opened.last)))
 
 
 # --- which keys -----------------------------------------------------------------------------------------------
@@ -417,3 +455,71 @@ def _change(entry: Entry) -> Touched | None:
     if isinstance(command, PutCommand | DeleteCommand):
         return Touched(command.namespace, command.key, entry.commit_id, bytes(entry.command))
     return None
+
+
+class Seen(Struct, frozen=True):
+    """What a directory has of a key; without a `record`, nothing."""
+
+    record: records.Record | None
+    damage: str = ""
+
+
+class KeyDifference(Struct, frozen=True):
+    """A key of which not all directories have the same at one commit_id."""
+
+    namespace: str
+    key: str
+    seen: dict[Path, Seen]
+    """Of those for which it can be told."""
+
+
+def key_differences(
+    opened: Sequence[Directory], commit_id: int, partings: Sequence[int], advance: Callable[[int], object]
+) -> Iterator[KeyDifference]:
+    """The keys whose values differ as of `commit_id`, which all have reached. `partings`: for each directory the first
+    entry in which its log may differ from the first one's.
+
+    A directory that has gone on says nothing of the keys that it has changed since, unless its log differs from the
+    first one's before: then the value is taken from the log. Where logs are equal, so was what they made of the key.
+    """
+    later = [set(touched(one, commit_id + 1, one.committed or 0)) for one in opened]
+    before = [touched(one, start, commit_id) for one, start in zip(opened, partings, strict=True)]
+    streams = [_stream(number, one) for number, one in enumerate(opened)]
+    steps = 0
+    for (namespace, key), group in groupby(merge(*streams, key=lambda item: item[:2]), key=lambda item: item[:2]):
+        values = {number: value for _, _, number, value in group}
+        steps += len(values)
+        if steps >= _STEP:
+            advance(steps)
+            steps = 0
+        seen = {}
+        for number, one in enumerate(opened):
+            if (namespace, key) not in later[number]:
+                value = values.get(number)
+                seen[one.path] = Seen(None) if value is None else Seen(value.record, value.damage)
+            elif (change := before[number].get((namespace, key))) is not None:
+                seen[one.path] = _as_seen(change)
+        if any(not _is_same(one, other) for one, other in pairwise(seen.values())):
+            yield KeyDifference(namespace, key, seen)
+    advance(steps)
+
+
+def _stream(number: int, opened: Directory) -> Iterator[tuple[str, str, int, StoredValue]]:
+    for value in opened.values():
+        if value.namespace is not None and value.key is not None:
+            yield value.namespace, value.key, number, value
+
+
+def _as_seen(change: Touched) -> Seen:
+    command = decode_command(change.command)
+    if isinstance(command, PutCommand):
+        return Seen(records.Record(0, change.commit_id, 0, 0, command.value))
+    return Seen(None)
+
+
+def _is_same(one: Seen, other: Seen) -> bool:
+    if one.record is None or other.record is None or one.damage or other.damage:
+        return one.record is other.record and not one.damage and not other.damage
+    is_same = one.record.modified == other.record.modified and bytes(one.record.value) == bytes(other.record.value)
+    from_log = not one.record.version or not other.record.version
+    return is_same and (from_log or one.record.version == other.record.version)

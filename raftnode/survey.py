@@ -11,6 +11,7 @@ that directory, not of the others.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import pickle
@@ -195,28 +196,40 @@ def _read(found: Survey, log: Iterator[LogRecord], advance: Advance) -> None:
 # --- in a process of its own ----------------------------------------------------------------------------------
 
 
-def survey_apart(path: Path, map_bytes: int, advance: Advance, tally: Tally | None = None) -> Survey:
-    """`survey` in a child process: what ends that becomes a `failure`. No thread may run."""
-    reader, writer = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(reader)
-        with os.fdopen(writer, "wb") as out:
-            _work(out, path, map_bytes, tally)
-        os._exit(0)
-    os.close(writer)
-    with os.fdopen(reader, "rb") as answers:
-        found = _await(answers, advance)
-    _, status = os.waitpid(child, 0)
-    code = os.waitstatus_to_exitcode(status)
-    if found is not None and code == 0:
-        return found
-    what = signal.Signals(-code).name if code < 0 else f"status {code}"
-    return Survey(
-        path=path,
-        failure=f"{path} is damaged: reading one of its pages ended the reader ({what})",
-        is_damaged=True,
-    )
+class SurveyApart:
+    """`survey` in a child process: what ends that becomes a `failure`. No thread may run. Public facts: `path`, and
+    `length`, how many entries will be read."""
+
+    def __init__(self, path: Path, map_bytes: int, tally: Tally | None = None) -> None:
+        self.path = path
+        reader, writer = os.pipe()
+        self._child = os.fork()
+        if self._child == 0:
+            os.close(reader)
+            with os.fdopen(writer, "wb") as out:
+                _work(out, path, map_bytes, tally)
+            os._exit(0)
+        os.close(writer)
+        self._answers = os.fdopen(reader, "rb")
+        self.length = 0
+        head = self._answers.read(_frame.size)
+        if len(head) == _frame.size:
+            self.length = _frame.unpack(head)[1]
+
+    def result(self, advance: Advance) -> Survey:
+        """What the child has found; `advance` is told how many entries it has read since the last call."""
+        with self._answers:
+            found = _await(self._answers, advance)
+        _, status = os.waitpid(self._child, 0)
+        code = os.waitstatus_to_exitcode(status)
+        if found is not None and code == 0:
+            return found
+        what = signal.Signals(-code).name if code < 0 else f"status {code}"
+        return Survey(
+            path=self.path,
+            failure=f"{self.path} is damaged: reading one of its pages ended the reader ({what})",
+            is_damaged=True,
+        )
 
 
 def _work(out: BinaryIO, path: Path, map_bytes: int, tally: Tally | None) -> None:
@@ -228,6 +241,7 @@ def _work(out: BinaryIO, path: Path, map_bytes: int, tally: Tally | None) -> Non
             out.write(_frame.pack(_PROGRESS, steps))
             out.flush()
 
+        advance(_length(path, map_bytes))
         data = pickle.dumps(survey(path, map_bytes, advance, tally))
         out.write(_frame.pack(_RESULT, len(data)))
         out.write(data)
@@ -238,6 +252,13 @@ def _work(out: BinaryIO, path: Path, map_bytes: int, tally: Tally | None) -> Non
         out.flush()
     except BaseException:
         os._exit(1)
+
+
+def _length(path: Path, map_bytes: int) -> int:
+    """How many entries there are to read; 0 when that can't be told, and the survey says why."""
+    with contextlib.suppress(StoreError), Directory(path, map_bytes) as opened:
+        return opened.kept
+    return 0
 
 
 def _await(answers: BinaryIO, advance: Advance) -> Survey | None:

@@ -23,6 +23,7 @@ LAYERS: dict[str, set[str]] = {
     "5 faces": {
         "__main__",
         "about",
+        "chronology",
         "cli",
         "comparing",
         "comparison",

@@ -954,7 +954,7 @@ def _candidate_cells(line: CandidateLine) -> list[str]:
     if line.damaged:
         what.append("damaged")
     if line.copy_of is not None:
-        what.append(f"older than {line.copy_of}, of the same node")
+        what.append(f"no newer than {line.copy_of}, of the same node")
     if line.old_copy:
         what.append("an old copy")
     if not line.voter:

@@ -36,7 +36,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     Invariants are checked when the value is made: see `__post_init__`, which raises `ConfigError`.
     """
 
-    # --- elections: environment names HB_TIME, LOW_TIMEOUT and HIGH_TIMEOUT override these three ---
+    # --- elections: HB_TIME, LOW_TIMEOUT and HIGH_TIMEOUT in the environment are these three, too ---
     heartbeat_ms: int = 100
     """A leader speaks to every member at least this often."""
     election_low_ms: int = 800
@@ -128,11 +128,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _DEFAULTS = Settings()
-ENVIRONMENT = {"HB_TIME": "heartbeat_ms", "LOW_TIMEOUT": "election_low_ms", "HIGH_TIMEOUT": "election_high_ms"}
+_TIMES = {"HB_TIME": "heartbeat_ms", "LOW_TIMEOUT": "election_low_ms", "HIGH_TIMEOUT": "election_high_ms"}
+ENVIRONMENT = {**{f"RAFTNODE_{name.upper()}": name for name in Settings.__struct_fields__}, **_TIMES}
+"""What sets which setting: `RAFTNODE_` and its name; and three older names, which count if both are there."""
 
 
 def from_environment(environ: Mapping[str, str] = os.environ, **overrides: int) -> Settings:
-    """Settings with the environment's times (milliseconds) over the defaults, and `overrides` over both.
+    """Settings with the environment's (see `ENVIRONMENT`) over the defaults, and `overrides` over both.
 
     LOW_TIMEOUT alone above the default high timeout raises the high one to twice it, and so the other way round.
     Raises ConfigError for a name that is no setting or a value that is no positive whole number.
@@ -141,8 +143,9 @@ def from_environment(environ: Mapping[str, str] = os.environ, **overrides: int) 
     for variable, name in ENVIRONMENT.items():
         text = environ.get(variable, "").strip()
         if text:
-            if not (text.isascii() and text.isdigit() and len(text) < 10):
-                raise ConfigError(f"{variable} is {text!r}: it must be a whole number of milliseconds")
+            if not (text.isascii() and text.isdigit() and len(text) < 17):
+                unit = "milliseconds" if name.endswith("_ms") else "bytes" if name.endswith("_bytes") else ""
+                raise ConfigError(f"{variable} is {text!r}: it must be a whole number{unit and f' of {unit}'}")
             values[name] = int(text)
     for name, value in overrides.items():
         if name not in Settings.__struct_fields__:

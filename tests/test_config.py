@@ -77,6 +77,16 @@ def test_the_environment_sets_the_three_times_and_arguments_win() -> None:
     assert from_environment(environ, heartbeat_ms=33).heartbeat_ms == 33
 
 
+@pytest.mark.parametrize("name", Settings.__struct_fields__)
+def test_the_environment_sets_every_setting(name: str) -> None:
+    """`RAFTNODE_` and the name of a setting, so that every limit of a served node can be changed; of a time that has
+    two variables, the older name counts."""
+    assert getattr(from_environment({f"RAFTNODE_{name.upper()}": "790"}), name) == 790
+    with pytest.raises(ConfigError, match=f"RAFTNODE_{name.upper()}"):
+        from_environment({f"RAFTNODE_{name.upper()}": "much"})
+    assert from_environment({"RAFTNODE_HEARTBEAT_MS": "20", "HB_TIME": "30"}).heartbeat_ms == 30
+
+
 def test_the_environment_is_the_process_by_default(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a mapping, the variables of this process are read."""
     monkeypatch.setenv("HB_TIME", "77")

@@ -6,14 +6,15 @@
     1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
                     messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
                     mailbox (what the queue holds)
-    2  effects      store (with environment: files and LMDB, primary: a given leader) | transport (with connections:
-                    the loop's two kinds, blocking: for other threads) | log. None of the three knows another.
+    2  effects      store (with environment: files and LMDB, compaction: where the log begins, primary: a given leader)
+                    | transport (with connections: the loop's two kinds, blocking: for other threads) | log. None of
+                    the three knows another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
                     the other end of a link)
     4  node         raftnode (assembles, owns the life of a node), client
     5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
                     supervised; comparing: its commands about whole directories, with verification, survey,
-                    comparison, chronology), repair (of a stopped node's directory)
+                    comparison, chronology), repair and shrink (of a stopped node's directory)
     beside          testing/: for our tests and for those of programs that embed a node; the product never imports it
 
 **Who owns which fact.** Each has one owner; everyone else asks or is told.

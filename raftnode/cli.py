@@ -35,6 +35,7 @@ from raftnode.config import (
 from raftnode.errors import BadRequest, ConfigError, NodeDamaged, NotCommitted, RaftnodeError, StoreError, Unavailable
 from raftnode.raftnode import RaftNode
 from raftnode.repair import repair as repair_directory
+from raftnode.shrink import shrink
 from raftnode.store import STORE_TYPES
 from raftnode.version import __version__
 
@@ -308,6 +309,21 @@ def repair(directory: Path, node: str, timeout: float, is_dry: bool) -> None:
             raise SystemExit(5)
     except RaftnodeError as error:
         _fail(error)
+
+
+@cli.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def compact(directory: Path) -> None:
+    """Give the free space in DIR, the data directory of a stopped node, back to the file system.
+
+    A node uses the space of what was deleted again, but its file never shrinks by itself. This writes what is in use to
+    a new file, which then takes the place of the old one; a kill at any moment leaves one or the other, whole.
+    """
+    try:
+        before, after = shrink(directory)
+    except RaftnodeError as error:
+        _fail(error)
+    click.echo(f"{directory}: {before} bytes before, {after} after")
 
 
 @contextlib.contextmanager

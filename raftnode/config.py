@@ -108,6 +108,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     durable as log entries before that."""
     slow_sync_ms: int = 500
     """A write transaction that takes longer is logged."""
+    log_entries: int = 100_000
+    """The log keeps so many entries behind commit_id; older ones are deleted. A member that lacks more than these gets
+    a snapshot of the whole state, so this should be some minutes of writing."""
+    log_bytes: int = 64 * MIB
+    """The same as a size, of their commands; whichever is reached first. One entry is always kept."""
+    compaction_step: int = 64
+    """A transaction deletes at least so many old entries, if there are, or twice what it appends: so the log levels
+    off, and no transaction is much longer for it."""
     reader_check_ms: int = 5000
     """How often slots of dead readers are cleared (LMDB's file grows without end behind one)."""
 

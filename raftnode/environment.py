@@ -2,6 +2,7 @@
 
     <data_dir>/raftnode.mdb        the environment: one file, no sub-directory
     <data_dir>/raftnode.mdb-lock   LMDB's table of readers; never deleted by hand while a process lives
+    <data_dir>/raftnode.mdb-new    a copy that `raftnode compact` makes; what a kill leaves of one is removed at a start
     <data_dir>/raftnode.lock       held with flock by the one node that writes; its text is the id of that node
 
 LMDB would let two processes write (they would take turns, and ruin the log between them), so a lock of our own keeps
@@ -53,6 +54,7 @@ class Environment:
         self._env: lmdb.Environment | None = None
         self._lock_fd = _take_lock(data_dir)
         try:
+            (data_dir / records.COPY_FILE).unlink(missing_ok=True)
             self._check_files()
             if first_facts is None:
                 check_structure(data_dir)
@@ -174,8 +176,26 @@ class Environment:
                 raise failure from error
             raise
 
+    @property
+    def databases(self) -> tuple[bytes, ...]:
+        """The names of all databases."""
+        return tuple(self._dbs)
+
     def db(self, name: bytes) -> lmdb._Database:
         return self._dbs[name]
+
+    def replace_by(self, copy: Path) -> None:
+        """Let a file in this directory, which is synced, take the place of the data file; this environment is closed to
+        further use. A kill leaves the old file or the new one. Raises OSError.
+
+        LMDB's table of readers goes first: one who still reads the old file must not be taken for a reader of the new
+        one, whose transactions are numbered anew."""
+        if self._env is not None:
+            self._env.close()
+            self._env = None
+        Path(f"{self._data_file}-lock").unlink(missing_ok=True)
+        copy.rename(self._data_file)
+        _sync_directory(self.path)
 
     def _fail(self, error: BaseException) -> StoreFailed:
         """A write or a sync has failed. What is on disk is not known, and trying again proves nothing: after a failed

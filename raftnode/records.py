@@ -29,6 +29,8 @@ FORMAT: Final = 1
 
 DATA_FILE: Final = "raftnode.mdb"
 LOCK_FILE: Final = "raftnode.lock"
+COPY_FILE: Final = "raftnode.mdb-new"
+"""What is to take the place of the data file, while it is made (`raftnode compact`); of no use to anybody else."""
 
 LOG: Final = b"log"
 COMMITTED: Final = b"committed"

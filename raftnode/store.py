@@ -29,6 +29,7 @@ from typing import Any, Final, TypeAlias
 import lmdb
 
 from raftnode import primary, records
+from raftnode.compaction import Retention
 from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Journal, Mark
@@ -119,6 +120,7 @@ class Store:
             self._check_format(txn)
             self._load_facts(txn)
             base, last = self._check_log(txn)
+            self._retention = self._retained(txn, base)
         self._env.claim(self.node_id)
         self.journal = Journal(self, base, last, self._memberships)
 
@@ -170,6 +172,13 @@ class Store:
                 f"entry {newest} has term {last.id.term}, but the ballot only {self.ballot.term}", newest
             )
         return base, last
+
+    def _retained(self, txn: lmdb.Transaction, base: Mark) -> Retention:
+        """What the log keeps behind commit_id; counted when no fact tells it, as in an older directory."""
+        size: int | None = self._fact(txn, b"kept_bytes", int)
+        if size is None:
+            size = sum(entry.size for entry in self._scan(txn, base, base.id.commit_id + 1, self.commit_id))
+        return Retention(self.settings, size)
 
     # --- founding ---
 
@@ -262,6 +271,7 @@ class Store:
         with self._env.read() as txn:
             outcomes = [self.namespaces.apply(entry, self._finder(txn)) for entry in entries]
         self.commit_id = entries[-1].commit_id
+        self._retention.size += sum(entry.size for entry in entries)
         return outcomes
 
     @contextlib.contextmanager
@@ -321,6 +331,7 @@ class Store:
                 self._cut(txn, unwritten.cut_from)
             self._append(txn, unwritten.entries)
             self._put_effects(txn)
+            self._compact(txn, unwritten.entries)
             facts = self._put_facts(txn)
         self.syncs += 1
         self._on_disk |= facts
@@ -342,6 +353,15 @@ class Store:
             while there:
                 there = cursor.delete()
 
+    def _compact(self, txn: lmdb.Transaction, appended: Sequence[Entry]) -> None:
+        """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk with
+        this very transaction, so a restart needs none of them."""
+        base, db = self.journal.base, self._env.db(records.LOG)
+        found = self._retention.shorten(txn, db, base, self.commit_id, appended)
+        if found != base:
+            next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
+            self.journal.begin_after(found)
+
     def _put_effects(self, txn: lmdb.Transaction) -> None:
         db = self._env.db(records.COMMITTED)
         for key, record in self.namespaces.changes.items():
@@ -361,6 +381,8 @@ class Store:
             b"address": self.address,
             b"ballot": self.ballot,
             b"commit_id": self.commit_id,
+            b"base": self.journal.base,
+            b"kept_bytes": self._retention.size,
             b"memberships": self.journal.memberships,
             b"witnesses": self.witnesses,
         }

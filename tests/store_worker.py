@@ -15,7 +15,7 @@ from pathlib import Path
 
 from msgspec import Raw
 
-from raftnode.config import GIB
+from raftnode.config import GIB, Settings
 from raftnode.environment import open_reader
 from raftnode.errors import StoreError
 from raftnode.messages import DeleteCommand, Entry, Noop, PutCommand, chain, encode_command
@@ -84,9 +84,10 @@ def one_turn(store: Store, chance: random.Random) -> None:
 
 
 def write(directory: Path, argument: str) -> None:
-    """Write for ever."""
-    chance = random.Random(argument)
-    store = Store("database", directory)
+    """Write for ever: `seed`, or `seed,log_entries,log_bytes` for a short log."""
+    seed, *limits = argument.split(",")
+    chance = random.Random(seed)
+    store = Store("database", directory, settings=short(*limits))
     store.found(ADDRESS, MEMBERS)
     say("open", state_of(store))
     while True:
@@ -145,6 +146,14 @@ def hold(directory: Path, argument: str) -> None:  # noqa: ARG001
     store.close()
 
 
+def short(*limits: str) -> Settings:
+    """Settings with a log of so many entries and bytes."""
+    if not limits:
+        return Settings()
+    entries, size = map(int, limits)
+    return Settings(log_entries=entries, log_bytes=size, compaction_step=1)
+
+
 def read(directory: Path, argument: str) -> None:
     """Hold a read transaction open, as an inspector that has stopped."""
     env = open_reader(directory, int(argument))
@@ -170,7 +179,7 @@ def check(directory: Path, argument: str) -> None:  # noqa: ARG001
 def read_everything(store: Store) -> str:
     """The checksum of the newest entry and all values, read from disk."""
     last = store.journal.last.id.commit_id
-    entries = store.read_entries(1, last, GIB) if last else []
+    entries = store.read_entries(store.journal.first, last, GIB) if last >= store.journal.first else []
     values = [store.get({"key": f"key-{n}"}) for n in range(8)]
     return f"{entries[-1].checksum if entries else 0} {values}"
 

@@ -15,7 +15,7 @@ PACKAGE = Path(raftnode.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "0 facts": {"config", "errors", "messages", "version"},
     "1 pure": {"consensus", "framing", "mailbox", "namespaces", "records", "replay"},
-    "2 store": {"environment", "primary", "store"},
+    "2 store": {"compaction", "environment", "primary", "store"},
     "2 transport": {"blocking", "connections", "transport"},
     "2 log": {"log"},
     "3 driver": {"election", "handshake", "requests"},
@@ -34,6 +34,7 @@ LAYERS: dict[str, set[str]] = {
         "past",
         "repair",
         "selection",
+        "shrink",
         "supervised",
         "survey",
         "table",

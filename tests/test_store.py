@@ -158,15 +158,18 @@ class OnDisk:
             assert struct.unpack(">I", record[:4])[0] == zlib.crc32(key + record[4:])
             self.meta[key.decode()] = json.loads(record[4:])
         self.log: list[tuple[int, bytes]] = []
-        """(term, command) of commit_id 1, 2, ..."""
-        checksum = 0
-        for expected, (key, record) in enumerate(tables[b"log"], start=1):
+        """(term, command) of commit_id `first`, `first` + 1, ..."""
+        base = self.meta.get("base", {"id": {"term": 0, "commit_id": 0}, "checksum": 0})
+        self.first = base["id"]["commit_id"] + 1
+        checksum, self.term = base["checksum"], base["id"]["term"]
+        for expected, (key, record) in enumerate(tables[b"log"], start=self.first):
             (commit_id,) = struct.unpack(">Q", key)
             assert commit_id == expected, f"a hole: {commit_id} where {expected} belongs"
             version, term, when, stored = struct.unpack(">BQQI", record[:21])
             checksum = zlib.crc32(struct.pack(">QQQ", term, commit_id, when) + record[21:], checksum)
             assert (version, stored) == (1, checksum), f"entry {commit_id} does not continue the history"
             self.log.append((term, record[21:]))
+            self.term = term
         self.checksum = checksum
         self.values: dict[tuple[str, str], tuple[int, int, int, str]] = {}
         """(namespace, key) -> (created, modified, version, the value as its JSON text)"""
@@ -183,11 +186,8 @@ class OnDisk:
 
     def state(self) -> str:
         ballot = self.meta.get("ballot", {"term": 0, "voted_for": None})
-        term = self.log[-1][0] if self.log else 0
-        return (
-            f"{ballot['term']}/{ballot['voted_for']}/{self.commit_id}/{term}/{len(self.log)}/"
-            f"{self.checksum if self.log else 0:08x}"
-        )
+        last = self.first - 1 + len(self.log)
+        return f"{ballot['term']}/{ballot['voted_for']}/{self.commit_id}/{self.term}/{last}/{self.checksum:08x}"
 
 
 def replay(log: list[tuple[int, bytes]]) -> dict[tuple[str, str], tuple[int, int, int, str]]:

@@ -215,6 +215,21 @@ class Journal:
         last = self.last.id.commit_id
         return Unwritten(self._cut_from, [self._kept[n] for n in range(self.written + 1, last + 1)])
 
+    def mark_at(self, commit_id: int) -> Mark:
+        """The point in the history right after a position that this log holds."""
+        return Mark(self.id_at(commit_id), self._checksum_at(commit_id))
+
+    def begin_after(self, base: Mark) -> None:
+        """What is not above `base` was deleted from the disk: compaction. All of it is applied there."""
+        assert self.base.id.commit_id <= base.id.commit_id <= self.last.id.commit_id, (
+            f"{base.id.commit_id} is not in the log"
+        )
+        self.base = base
+        while self._kept_first <= base.id.commit_id:
+            entry = self._kept.pop(self._kept_first, None)
+            self._kept_bytes -= 0 if entry is None else entry.size
+            self._kept_first += 1
+
     def mark_written(self) -> None:
         """That transaction is on disk."""
         self.written = self.last.id.commit_id

@@ -26,13 +26,15 @@ class Progress:
         """The newest read round that it confirmed."""
         self.told = 0
         """The commit_id in the newest heartbeat to it."""
+        self.needs_snapshot = False
+        """It lacks entries that the leader's log no longer has: it gets none before it has installed a snapshot."""
         self._asked = 0
         self._probe_due = True
         self._held_back = False
 
     def may_send(self, last: int, window: int) -> bool:
         """True when there is something to send and room in the window of unanswered messages."""
-        if self._held_back:
+        if self._held_back or self.needs_snapshot:
             return False
         if self.probing:
             return not self.unanswered and (self._probe_due or self.next <= last)
@@ -64,6 +66,24 @@ class Progress:
     def refused(self, found: int) -> None:
         """The logs part; `found` is the newest position that may still match. Goes back, but not below `match`."""
         self._probe_from(max(self.match, found) + 1)
+
+    def ask_for(self, base: int) -> None:
+        """The leader's log begins after `base`. When what is next to send is gone, find out whether the member holds
+        the base: entries that it acknowledges now may have been under way."""
+        if self.next <= base and not self.unanswered and not self.needs_snapshot:
+            self._probe_from(base + 1)
+
+    def lacks(self) -> None:
+        """The member does not hold the base of the leader's log (thesis 5.3)."""
+        self.unanswered.clear()
+        self.probing = self.needs_snapshot = True
+
+    def installed(self, match: int) -> None:
+        """The member has a snapshot as of `match`, or holds that entry after all: entries after it follow."""
+        self.needs_snapshot = False
+        self.unanswered.clear()
+        self.next = match + 1
+        self.acknowledged(match)
 
     def lost(self) -> None:
         """What is under way may never be answered: find out again where the member stands."""

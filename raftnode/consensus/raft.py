@@ -505,6 +505,8 @@ class Raft:
             self._count_copies()
         elif progress.is_stale(answer.asked):
             return
+        elif answer.reason == "gap" and answer.asked <= self.journal.base.id.commit_id:
+            progress.lacks()
         elif answer.reason == "gap":
             progress.refused(self.journal.find(answer.last, at_least=max(answer.commit_id, progress.match)))
         else:
@@ -599,7 +601,7 @@ class Raft:
         if not self.is_leader or peer not in self.progress:
             return
         progress, last = self.progress[peer], self.journal.last.id.commit_id
-        if progress.may_send(last, self._settings.window_batches):
+        if self._may_send(progress, last):
             self._send_entries(peer, progress, last)
         else:
             self._send_heartbeat(peer)
@@ -622,12 +624,17 @@ class Raft:
         last = self.journal.last.id.commit_id
         for peer in self.others:
             progress = self.progress[peer]
-            while progress.may_send(last, self._settings.window_batches):
+            while self._may_send(progress, last):
                 self._send_entries(peer, progress, last)
         if not self._has_rivals():
             self._confirm_alone()
         elif self.reads.start():
             self._send_heartbeats()
+
+    def _may_send(self, progress: Progress, last: int) -> bool:
+        base = self.journal.base.id.commit_id
+        progress.ask_for(base)
+        return progress.next > base and progress.may_send(last, self._settings.window_batches)
 
     def _send_entries(self, peer: str, progress: Progress, last: int) -> None:
         first = progress.next

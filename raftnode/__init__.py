@@ -14,7 +14,7 @@
     4  node         raftnode (assembles, owns the life of a node), client
     5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
                     supervised; comparing: its commands about whole directories, with verification, survey,
-                    comparison, chronology), repair and shrink (of a stopped node's directory)
+                    comparison, chronology); upkeep of a stopped node's directory: repair, recover, shrink
     beside          testing/: for our tests and for those of programs that embed a node; the product never imports it
 
 **Who owns which fact.** Each has one owner; everyone else asks or is told.

@@ -37,6 +37,7 @@ from raftnode.raftnode import RaftNode
 from raftnode.repair import repair as repair_directory
 from raftnode.shrink import shrink
 from raftnode.store import STORE_TYPES
+from raftnode.upkeep import COMMANDS as UPKEEP
 from raftnode.version import __version__
 
 _OTHER_FILES = 256
@@ -97,7 +98,17 @@ def _client_options(command: Callable[..., Any]) -> Callable[..., Any]:
 _namespace = click.option("--namespace", default=DEFAULT_NAMESPACE, show_default=True, help="Namespace of the key.")
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """Errors of ours become a line on stderr and the exit status."""
+
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except RaftnodeError as error:
+            _fail(error)
+
+
+@click.group(cls=_Commands, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="raftnode")
 @_serve_options
 @click.pass_context
@@ -384,6 +395,10 @@ def _stop_all(processes: list[subprocess.Popen[bytes]]) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+
+
+for _command in UPKEEP:
+    cli.add_command(_command)
 
 
 def main() -> None:

@@ -43,9 +43,11 @@ from raftnode.messages import (
     EntryId,
     Found,
     Get,
+    MembersCommand,
     chain,
     decode_object,
     encode,
+    encode_command,
     store_key,
     to_request,
 )
@@ -198,6 +200,17 @@ class Store:
                 f"{self.data_dir} belongs to the node at {self.address}, not to {address}: give that address, or the "
                 "directory of this node"
             )
+
+    def found_anew(self, cluster: str, members: MembersCommand, time: int) -> None:
+        """Make this store's node the first of a new cluster that goes on with this log: its membership is the next
+        entry, of a new term, with `time` in ms since 1970 (see `recover`). Durable when it returns. Raises StoreOwned
+        while an election runs."""
+        self._check_unowned()
+        assert self.address in members.voters, "a node founds a cluster that it votes in"
+        ballot = self.ballot.in_term(self.ballot.term + 1).vote(self.address)
+        self.journal.append(ballot.term, time, encode_command(members))
+        self.cluster_id, self.witnesses = cluster, {}
+        self.write(ballot)
 
     def bind(self, address: str, node: str) -> None:
         """Remember the node id of a member that was met for the first time; durable with the next `write`."""

@@ -302,7 +302,8 @@ def _wrong_names(facts: Facts) -> list[str]:
         bound = None if facts.address is None else membership.node_of(facts.address)
         if bound and facts.node is not None and bound != facts.node:
             wrong.append(f"the member at {facts.address} is node {bound}, but this is node {facts.node}")
-        if membership.commit_id == 0 and facts.cluster not in (None, cluster_id(membership.voters)):
+        is_founding = membership is facts.memberships[-1] and membership.commit_id == 0  # else see `recover`
+        if is_founding and facts.cluster not in (None, cluster_id(membership.voters)):
             wrong.append(f"cluster {facts.cluster} was not founded by {', '.join(membership.voters)}")
     return wrong
 

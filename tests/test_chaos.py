@@ -32,6 +32,7 @@ from raftnode.messages import PutCommand, chain, decode_command, encode_command
 from raftnode.testing import chaos, workload
 from raftnode.testing.history import History, Operation
 from raftnode.testing.judge import HISTORY, RUN, Evidence, Findings, judge
+from raftnode.testing.machine import file_system_of
 from raftnode.testing.processes import ClusterOfProcesses, wait_until
 
 
@@ -577,7 +578,7 @@ def test_a_directory_in_memory_is_refused(tmp_path: Path) -> None:
     assert ran.exit_code == 2
     assert f"{tmp_path} is no bundle of a run" in ran.output
     memory = Path("/dev/shm")
-    if not memory.is_dir() or tool.file_system_of(memory) != "tmpfs":
+    if not memory.is_dir() or file_system_of(memory) != "tmpfs":
         pytest.skip("there is no tmpfs at /dev/shm")
     ran = CliRunner().invoke(tool.main, ["--directory", str(memory)])
     assert ran.exit_code == 2

@@ -23,12 +23,10 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
 import random
 import shutil
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections import Counter
@@ -43,6 +41,7 @@ import click
 from raftnode.testing.chaos import FAULTS, Arena, Monkey
 from raftnode.testing.history import History, Operation
 from raftnode.testing.judge import HISTORY, RUN, Evidence, Findings, Problem, judge
+from raftnode.testing.machine import NoDisk, new_directory_on_disk
 from raftnode.testing.processes import ClusterOfProcesses, NotReached
 from raftnode.testing.workload import PATIENCE_S, ChaosClient, Load, is_acknowledged
 
@@ -240,29 +239,6 @@ def longest_gap(moments: Sequence[float], spans: Iterable[tuple[float, float]]) 
 # --- the command ----------------------------------------------------------------------------------------------
 
 
-def file_system_of(path: Path) -> str:
-    """The type of the file system that holds a path, as the kernel calls it."""
-    at, best = str(path.resolve()), ("", "unknown")
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, where, kind, *_ = line.split(" ")
-        where = where.replace("\\040", " ")
-        if Path(at).is_relative_to(where) and len(where) >= len(best[0]):
-            best = (where, kind)
-    return best[1]
-
-
-def _new_bundle(directory: Path | None) -> Path:
-    """A new directory for a run, on a disk: what is kept in memory only tests no disk."""
-    if directory is not None:
-        directory.mkdir(parents=True, exist_ok=True)
-    parents = [directory] if directory else [Path(tempfile.gettempdir()), Path("/var/tmp"), Path.cwd()]
-    for parent in parents:
-        if parent.is_dir() and os.access(parent, os.W_OK) and file_system_of(parent) not in ("tmpfs", "ramfs"):
-            return Path(tempfile.mkdtemp(prefix="raftnode-chaos-", dir=parent))
-    where = " or ".join(map(str, parents))
-    raise click.UsageError(f"{where}: not on a disk (a tmpfs is none), or can't be written: choose another --directory")
-
-
 def _show_on_terminal() -> Progress:
     """A line every few seconds; nothing where nobody watches."""
     last, began = 0.0, time.monotonic()
@@ -322,7 +298,10 @@ def main(
     signal.signal(signal.SIGTERM, _interrupt)
     lasts = 60 * minutes if minutes is not None else seconds or 60.0
     seed = random.SystemRandom().randrange(1 << 32) if seed is None else seed
-    bundle = _new_bundle(directory)
+    try:
+        bundle = new_directory_on_disk("raftnode-chaos-", directory)
+    except NoDisk as error:
+        raise click.UsageError(str(error)) from error
     click.echo(f"bundle        {bundle}, seed {seed}")
     try:
         run(Options(nodes, lasts, clients, keys, seed, faults), bundle, _show_on_terminal())

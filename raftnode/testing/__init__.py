@@ -14,5 +14,8 @@ linearizability   judges it: is there an order that explains the answers, and is
 judge       what is left of a run with faults: every answer against the logs, and the logs against each other
 attacks     what bad clients do to a real node (with limited: nodes whose limits are low, and what they use; steady: a
             well-behaved client beside them; fuzz: broken messages from a seed)
+load        load for a server: closed and open loop, and what counts (generator: the process that offers it)
+measuring   measures real nodes (`tools/bench.py`); results are its records and their arithmetic, shown by tables and
+            pictures; machine is what the kernel tells
 processes   real nodes, started by the command line, to be killed, stopped and asked; writers that keep books
 """

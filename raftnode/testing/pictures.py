@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from raftnode.testing.results import FailoverResult, IdleResult, LoadResult, RestartResult, Run
+from raftnode.testing.results import FailoverResult, IdleResult, LoadResult, RestartResult, Run, point_of
 
 _PANEL_INCHES: Final = (8.0, 4.5)
 
@@ -47,19 +47,11 @@ def draw(run: Run, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-def point_of(load: LoadResult) -> str:
-    """What a load is called beside its figures."""
-    shape = f"{load.connections}" if load.in_flight == 1 else f"{load.connections}x{load.in_flight}"
-    rate = f" at {load.rate_per_s:g}/s" if load.rate_per_s else ""
-    return f"{load.workload} {shape}{rate}"
-
-
 def _points(loads: Sequence[LoadResult]) -> list[str]:
     """Where on the axis each load goes; with the number of keys where several were measured."""
-    several = len({load.keys for load in loads}) > 1
-    return [
-        f"{point_of(load)}\n{load.keys} keys" if several else point_of(load).replace(" ", "\n", 1) for load in loads
-    ]
+    if len({load.keys for load in loads}) > 1:
+        return [f"{point_of(load)}\n{load.keys} keys" for load in loads]
+    return [point_of(load).replace(" ", "\n", 1) for load in loads]
 
 
 def _by_side(loads: Sequence[LoadResult]) -> dict[str, list[LoadResult]]:
@@ -98,9 +90,8 @@ def _failovers(axes: Any, failovers: Sequence[FailoverResult]) -> None:
     for result in failovers:
         ranked = sorted(result.without_writes.all_s)
         shares = [(n + 1) / len(ranked) for n in range(len(ranked))]
-        axes.step(
-            [0.0, *ranked], [0.0, *shares], where="post", label=f"{result.fault} of the leader, {result.nodes} nodes"
-        )
+        words = f"{result.fault} of the leader, {result.nodes} nodes"
+        axes.step([0.0, *ranked], [0.0, *shares], where="post", label=words)
     axes.set_xlabel("seconds without an acknowledged write")
     axes.set_ylabel("share of the faults")
     axes.grid(alpha=0.3)

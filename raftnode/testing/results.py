@@ -21,6 +21,9 @@ from msgspec import Struct
 from raftnode.testing.load import Kind, Report, Tally, as_seconds
 
 FORMAT: Final = 1
+"""Raised when a name or a meaning changes."""
+OURS: Final = "ours"
+"""The side of our own cluster."""
 
 
 # --- load -----------------------------------------------------------------------------------------------------
@@ -118,6 +121,13 @@ class LoadResult(Struct, frozen=True, kw_only=True):
     unasked: dict[str, int]
     """Errors that belong to no request, by code."""
     lost_connections: int
+
+
+def point_of(load: LoadResult) -> str:
+    """What a load is called beside its figures."""
+    shape = f"{load.connections}" if load.in_flight == 1 else f"{load.connections}x{load.in_flight}"
+    rate = f" at {load.rate_per_s:g}/s" if load.rate_per_s else ""
+    return f"{load.workload} {shape}{rate}"
 
 
 class Ratio(Struct, frozen=True, kw_only=True):
@@ -361,6 +371,3 @@ def _latency_ratio(pairs: Sequence[tuple[LoadResult, LoadResult]], name: str) ->
             return None
         found.append(getattr(mine, name) / getattr(theirs, name))
     return statistics.median(found)
-
-
-OURS: Final = "ours"

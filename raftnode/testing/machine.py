@@ -1,10 +1,11 @@
 """What the kernel tells of this machine and of a process on it: for measurements, and for what has to say where it ran.
 
-Everything comes from /proc, so it costs the process that is looked at nothing.
+Everything comes from /proc and /sys, so it costs the process that is looked at nothing.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import tempfile
@@ -15,6 +16,7 @@ from typing import Final
 TICKS_PER_S: Final = os.sysconf("SC_CLK_TCK")
 IN_MEMORY: Final = ("tmpfs", "ramfs")
 """File systems that are no disk."""
+_SECTOR_BYTES: Final = 512
 
 
 class NoDisk(Exception):
@@ -53,13 +55,27 @@ def cpu_seconds(pid: int) -> float:
 
 
 def written_bytes(pid: int) -> int:
-    """Bytes that the process has caused to be written to disks so far: pages that it made dirty, without what the file
-    system adds for its own journal. Raises OSError."""
+    """Bytes that the process has handed to the kernel by write calls so far: its files and its log, not what it sends
+    (by `send`). Raises OSError when there is none of that id.
+
+    The kernel's own count of bytes for the disk, `write_bytes`, is of no use here: a page that gets dirty counts as the
+    whole folio that it is in, and on ext4 that gave 14 times what the disk was given.
+    """
     for line in Path(f"/proc/{pid}/io").read_text().splitlines():
         name, _, number = line.partition(": ")
-        if name == "write_bytes":
+        if name == "wchar":
             return int(number)
     return 0
+
+
+def disk_written_bytes(path: Path) -> int | None:
+    """Bytes written so far to the disk that holds this path, by everything on the machine, with what the file system
+    adds for itself; None where the file system is not on one disk that the kernel knows."""
+    device = path.stat().st_dev
+    with contextlib.suppress(OSError):
+        fields = Path(f"/sys/dev/block/{os.major(device)}:{os.minor(device)}/stat").read_text().split()
+        return _SECTOR_BYTES * int(fields[6])
+    return None
 
 
 def machine_busy_seconds() -> float:

@@ -29,7 +29,7 @@ from raftnode.testing import results
 from raftnode.testing.generator import Generator
 from raftnode.testing.limited import usage
 from raftnode.testing.load import NAMESPACE, Plan, Report, Workload, as_seconds, key_of
-from raftnode.testing.machine import cpu_seconds, machine_busy_seconds, written_bytes
+from raftnode.testing.machine import cpu_seconds, disk_written_bytes, machine_busy_seconds, written_bytes
 from raftnode.testing.processes import PATIENCE_S, ClusterOfProcesses, NodeProcess, NotReached, wait_until
 from raftnode.testing.results import (
     FailoverResult,
@@ -123,6 +123,9 @@ class Side(Protocol):
     def sample(self) -> list[NodeSample]:
         """What its nodes have used so far, as far as that can be known."""
 
+    def disk_bytes(self) -> int | None:
+        """What the disk of its nodes has been given so far, if that is known."""
+
     def settle(self) -> None:
         """Wait until all nodes have what was written."""
 
@@ -140,6 +143,9 @@ class OwnCluster:
     def sample(self) -> list[NodeSample]:
         looked = [_look_at(node) for node in self.cluster]  # first: a node under load may answer late
         return [msgspec.structs.replace(each, **_asked(each.address)) for each in looked]
+
+    def disk_bytes(self) -> int | None:
+        return disk_written_bytes(self.cluster.directory)
 
     def settle(self) -> None:
         self.cluster.await_caught_up()
@@ -169,6 +175,9 @@ class RunningCluster:
             for address in sorted(self._status()["members"])
         ]  # fmt: skip
 
+    def disk_bytes(self) -> None:
+        """Its nodes may be anywhere."""
+
     def settle(self) -> None:
         commit_id = self._status()["commit_id"]
 
@@ -191,8 +200,11 @@ class Endpoint:
     def sample(self) -> list[NodeSample]:
         return []
 
-    def settle(self) -> None:
+    def disk_bytes(self) -> None:
         """What it has written is its own business."""
+
+    def settle(self) -> None:
+        """It has answered, and is not asked for more."""
 
 
 def _chosen(addresses: Sequence[str], leader: str, target: Target) -> list[str]:
@@ -289,11 +301,11 @@ def measure_load(side: Side, load: Load, told: Told = _silent) -> LoadResult:
         for generator in generators:
             generator.begin(begin)
         _watch(generators, begin + load.warm_up_s, words, told)
-        busy, before = _busy(), side.sample()
+        before = Moment.of(side)
         _watch(generators, begin + load.warm_up_s + load.seconds, words, told)
-        after, busy_after = side.sample(), _busy()
+        after = Moment.of(side)
         reports = [generator.report(load.patience_s + PATIENCE_S) for generator in generators]
-    return _load_result(side, load, reports, (before, after), busy_after - busy)
+    return _load_result(side, load, reports, before, after)
 
 
 def _watch(generators: Sequence[Generator], until: float, words: str, told: Told) -> None:
@@ -304,22 +316,31 @@ def _watch(generators: Sequence[Generator], until: float, words: str, told: Told
         time.sleep(min(left, _LOOK_S))
 
 
-def _busy() -> float:
-    """CPU time of all processes but this one."""
-    return machine_busy_seconds() - time.process_time()
+class Moment(Struct, frozen=True):
+    """What was used up to one moment."""
+
+    at: float
+    busy_s: float
+    """CPU time of all processes on this machine but this one."""
+    disk_bytes: int | None
+    nodes: list[NodeSample]
+
+    @classmethod
+    def of(cls, side: Side) -> Moment:
+        busy = machine_busy_seconds() - time.process_time()
+        return cls(time.monotonic(), busy, side.disk_bytes(), side.sample())
 
 
-def _load_result(
-    side: Side,
-    load: Load,
-    reports: Sequence[Report],
-    samples: tuple[list[NodeSample], list[NodeSample]],
-    busy: float,
-) -> LoadResult:
+def _load_result(side: Side, load: Load, reports: Sequence[Report], before: Moment, after: Moment) -> LoadResult:
     operations = results.operations_of(reports)
-    seconds = results.lasted(reports)
-    nodes = costs(*samples, operations, load.key_bytes + load.value_bytes)
-    known = sum(report.cpu_s for report in reports) + sum((node.cpu_share or 0.0) * seconds for node in nodes)
+    took = after.at - before.at
+    put_bytes = load.key_bytes + load.value_bytes
+    put_per_s = put_bytes * _puts(operations)
+    nodes = costs(before.nodes, after.nodes, operations, put_bytes)
+    known = sum(report.cpu_s for report in reports) / took + sum(node.cpu_share or 0.0 for node in nodes)
+    disk = None
+    if after.disk_bytes is not None and before.disk_bytes is not None:
+        disk = (after.disk_bytes - before.disk_bytes) / took
     return LoadResult(
         side=side.name,
         workload=load.workload,
@@ -328,16 +349,23 @@ def _load_result(
         keys=load.keys,
         round=load.round,
         rate_per_s=load.rate,
-        seconds=seconds,
+        seconds=results.lasted(reports),
         operations=operations,
         per_s=sum(each.per_s for each in operations),
         nodes=nodes,
-        elections=elections(*samples),
+        disk_bytes_per_s=disk,
+        disk_per_byte_put=disk / put_per_s if disk is not None and put_per_s else None,
+        elections=elections(before.nodes, after.nodes),
         generator=results.generator_of(reports),
-        other_cpu_share=max(0.0, (busy - known) / seconds),
+        other_cpu_share=max(0.0, (after.busy_s - before.busy_s) / took - known),
         unasked=results.add_up(*(report.unasked for report in reports)),
         lost_connections=sum(report.lost_connections for report in reports),
     )
+
+
+def _puts(operations: Sequence[Operations]) -> float:
+    """A second."""
+    return sum(each.per_s for each in operations if each.kind == "put")
 
 
 def costs(
@@ -345,7 +373,7 @@ def costs(
 ) -> list[NodeCost]:
     """What each node used between two samples; `put_bytes`: key and value of one put."""
     per_s = sum(each.per_s for each in operations)
-    put_per_s = put_bytes * sum(each.per_s for each in operations if each.kind == "put")
+    put_per_s = put_bytes * _puts(operations)
     return [
         _cost(old, new, per_s, put_per_s)
         for old, new in zip(before, after, strict=True)

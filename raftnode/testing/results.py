@@ -67,9 +67,9 @@ class NodeCost(Struct, frozen=True):
     cpu_us_per_operation: float | None
     """CPU time for each answer that the cluster gave."""
     written_bytes_per_s: float | None
-    """To disk, by /proc/PID/io."""
+    """To its files, by /proc/PID/io."""
     written_per_byte_put: float | None
-    """Bytes written to disk for each byte of key and value that was put; null without puts."""
+    """The same for each byte of key and value that was put; null without puts."""
     syncs_per_s: float | None
     """Synced transactions, by the node's status."""
     operations_per_sync: float | None
@@ -113,6 +113,11 @@ class LoadResult(Struct, frozen=True, kw_only=True):
     """Of all kinds."""
     nodes: list[NodeCost]
     """Empty for a side that is only an address."""
+    disk_bytes_per_s: float | None
+    """What the disk of the data directories was given, by all nodes and everything else on the machine, with what the
+    file system adds for itself."""
+    disk_per_byte_put: float | None
+    """The same for each byte of key and value that was put, on all nodes together; null without puts."""
     elections: int | None
     """How many terms began meanwhile."""
     generator: GeneratorCost

@@ -17,7 +17,7 @@ def tables(run: Run) -> Iterator[str]:
     """Everything that was measured, for people, line by line."""
     yield from _about(run.circumstances)
     if run.loads:
-        yield from ["", *_load_table(run), "", *_cost_table(_loaded(run))]
+        yield from ["", *_load_table(run), "", *_cost_table(_loaded(run)), *_disk_lines(run)]
     if run.ratios:
         yield from ["", *_ratio_table(run)]
     if run.failovers:
@@ -110,6 +110,15 @@ def _cost_table(costs: Sequence[tuple[str, NodeCost]]) -> list[str]:
         for name, node in costs
     ]
     return _table(_columns(("load", "node"), numbers), rows)
+
+
+def _disk_lines(run: Run) -> Iterator[str]:
+    for load in run.loads:
+        if load.disk_per_byte_put is not None:
+            yield (
+                f"{point_of(load)}: the disk was given {_size(load.disk_bytes_per_s)}/s, "
+                f"{load.disk_per_byte_put:.1f} bytes for each byte put"
+            )
 
 
 def _number(value: float | None, form: str) -> str:

@@ -273,8 +273,8 @@ def _count(word: str) -> int:
 
 
 def _shape(word: str) -> Shape:
-    connections, _, in_flight = word.partition("x")
-    return Shape(_count(connections), _count(in_flight) if in_flight else 1)
+    connections, x, in_flight = word.partition("x")
+    return Shape(_count(connections), _count(in_flight) if x else 1)
 
 
 def _setting(word: str) -> tuple[str, str]:

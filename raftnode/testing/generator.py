@@ -31,7 +31,7 @@ from msgspec import Struct
 
 from raftnode.config import parse_address
 from raftnode.testing.limited import allow_files
-from raftnode.testing.load import PAUSE_S, Core, Plan, Progress, Ready, Report, Slot
+from raftnode.testing.load import PAUSE_S, Core, Kind, Plan, Progress, Ready, Report, Slot
 from raftnode.testing.processes import PATIENCE_S, NotReached, command_environment
 
 _LEAST_TICK_S: Final = 0.0002
@@ -52,7 +52,8 @@ class _Reply(Struct):
 
 
 _decode_reply: Final = msgspec.json.Decoder(_Reply).decode
-_ABSENT: Final = (b'"value":null', b'"replaced":null')
+_ABSENT: Final[dict[Kind, bytes]] = {"put": b"\n", "get": b'"value":null', "delete": b'"replaced":null'}
+"""What an answer holds whose request met no value; a put needs none, and no line holds its own end."""
 
 
 class _Connection(asyncio.Protocol):
@@ -99,8 +100,7 @@ class _Connection(asyncio.Protocol):
         elif reply.error is not None:
             core.ended_badly(slot, now, reply.error.code)
         else:
-            is_absent = slot.kind != "put" and any(mark in line for mark in _ABSENT)
-            core.ended_well(slot, now, is_absent)
+            core.ended_well(slot, now, is_absent=_ABSENT[slot.kind] in line)
 
     def connection_lost(self, exc: Exception | None) -> None:  # noqa: ARG002
         self._core.lost(self, self.slots, time.monotonic())

@@ -458,10 +458,10 @@ def measure_failovers(
         generator.await_ready()
         generator.begin(time.monotonic())
         for n in range(1, times + 1):
-            _await_answers(generator, chance.randrange(int(rate / 2), int(rate) + 1), cluster)
+            _await_answers(generator, chance.randrange(int(rate / 4), int(rate / 2) + 1), cluster)
             faults.append(_fail_leader(cluster, fault, generator, rate))
             told(f"{fault} {n} of {times}")
-        _await_answers(generator, int(rate / 2), cluster)
+        _await_answers(generator, int(rate / 4), cluster)
         terms = cluster.term() - term
         generator.stop()
         report = generator.report(PATIENCE_S)
@@ -476,7 +476,7 @@ def _fail_leader(cluster: ClusterOfProcesses, fault: Fault, generator: Generator
         leader.kill()
     else:
         leader.pause()
-    _await_answers(generator, int(rate / 2), cluster)
+    _await_answers(generator, int(rate / 4), cluster)
     ended = time.monotonic()
     if fault == "kill":
         leader.start().await_answer()

@@ -535,7 +535,7 @@ def test_a_generator_that_finds_nobody_says_so() -> None:
 # --- the tool, on real nodes ----------------------------------------------------------------------------------
 
 SMALL = ["--keys", "200", "--key-size", "20", "--value-size", "50", "--seed", "1"]
-SHORT = ["--seconds", "0.25", "--warm-up", "0.05", "--connections", "2x3"]
+SHORT = ["--seconds", "0.15", "--warm-up", "0.05", "--connections", "2x3"]
 SOON = ["--setting", "HB_TIME=50", "--setting", "LOW_TIMEOUT=300", "--setting", "HIGH_TIMEOUT=600"]
 
 
@@ -618,8 +618,8 @@ def test_failover_and_its_faults() -> None:
 
 
 def test_restarts_and_an_idle_cluster() -> None:
-    """Two sizes, one start each of one node and of all, which is the same here; and a moment of a cluster that does nothing. A read after a
-    start that must be confirmed can't be answered before one that must not."""
+    """Two sizes, one start each of one node and of all, which is the same here; and a moment of a cluster that does
+    nothing. A read that must be confirmed can't be answered before one that must not."""
     run = measured("restart", "--nodes", "1", "--times", "1", "--keys", "100,300", *SMALL[2:], *SOON)
     assert [each.keys for each in run.restarts] == [100, 300]
     for each in run.restarts:

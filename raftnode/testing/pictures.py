@@ -66,7 +66,7 @@ def _throughput(axes: Any, loads: Sequence[LoadResult]) -> None:
     for side, found in _by_side(loads).items():
         axes.plot(_points(found), [load.per_s for load in found], "o", label=side, alpha=0.7)
     axes.set_ylabel("answers a second")
-    axes.set_ylim(bottom=0)
+    axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.3)
     axes.legend()
 

@@ -53,6 +53,7 @@ from raftnode.messages import (
     HeartbeatAnswer,
     Hello,
     PeerAnswer,
+    PeerRequest,
     Peers,
     PeersAnswer,
     Ping,
@@ -290,7 +291,7 @@ class Election:
     def _take_reply(self, reply: Reply) -> None:
         if reply.forwarded is not None:
             self.requests.take_forwarded(reply.forwarded, reply.answer)
-        elif isinstance(reply.answer, VoteAnswer | HeartbeatAnswer | DataAnswer):
+        elif isinstance(reply.answer, PeerAnswer):
             if reply.answer.error is not UNSET:
                 self.handshake.note_refusal(reply.peer, reply.answer.error.code, reply.answer.error.message)
             elif self.raft.is_credible(reply.answer.term):
@@ -394,7 +395,7 @@ class Election:
     def _on_peer_request(self, arrival: Arrival) -> None:
         if self._is_trusted(arrival):
             message = arrival.message
-            assert isinstance(message, VoteRequest | Heartbeat | Data)
+            assert isinstance(message, PeerRequest)
             self.raft.step(arrival, message, self.handshake.is_first_hand(arrival))
 
     def _on_data(self, arrival: Arrival) -> None:
@@ -414,7 +415,7 @@ class Election:
         if not isinstance(arrival.origin, _Caller) and not self.handshake.is_from_member(arrival):
             return False
         message = arrival.message
-        assert isinstance(message, VoteRequest | Heartbeat | Data)
+        assert isinstance(message, PeerRequest)
         if not self.raft.is_credible(message.term):
             arrival.refuse("bad_request", f"no elections can have led from term {self.raft.term} to {message.term}")
             return False

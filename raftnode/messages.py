@@ -55,6 +55,13 @@ CODES: Final = {
     # the node's own trouble
     "damaged": "a stored record does not match its checksum",
     "internal": "a defect of the node; its log tells more",
+    # changes of the members: not executed
+    "change_under_way": "the change of the members before this one is not finished",
+    "no_live_majority": "too few of the voters that would be left answer",
+    "last_voter": "a cluster has at least one voter",
+    "not_voter": "a learner can't lead",
+    "no_successor": "nobody who could take over answers",
+    "not_transferred": "the new leader did not take over in time; the old one goes on",
     # between members
     "wrong_cluster": "the other node belongs to another cluster",
     "wrong_node": "the address is known with another node id",
@@ -150,6 +157,8 @@ class MembersCommand(Command, tag="members"):
 
     voters: dict[str, str]
     learners: dict[str, str] = {}
+    replaces: dict[str, str] = {}
+    """New member -> the one whose place it takes. That one leaves as soon as the new one votes, whoever leads then."""
 
 
 AnyCommand: TypeAlias = Noop | PutCommand | DeleteCommand | MembersCommand
@@ -236,14 +245,42 @@ class Entries(Request, tag="entries", kw_only=True):
     last: Count = msgspec.field(name="to")
 
 
-class AddPeer(Request, tag="add_peer", kw_only=True):
+class AddPeer(ClientRequest, tag="add_peer", kw_only=True):
+    """Take a node as a learner, which becomes a voter by itself. A node that asks for itself says which one it is."""
+
     name: ClassVar[str] = "add_peer"
     address: Name
+    node: Name = ""
+    """Its node id; "" when that is not known: then it is the first one that comes with this address."""
+    cluster: Name = ""
+    """The cluster that it holds data of; "" for none."""
 
 
-class RemovePeer(Request, tag="remove_peer", kw_only=True):
+class RemovePeer(ClientRequest, tag="remove_peer", kw_only=True):
     name: ClassVar[str] = "remove_peer"
     address: Name
+    force: bool = False
+    """Also when the voters that are left and answer are no majority."""
+
+
+class ReplacePeer(ClientRequest, tag="replace_peer", kw_only=True):
+    """Take `new` as a learner, and take `old` out as soon as that one is a voter."""
+
+    name: ClassVar[str] = "replace_peer"
+    old: Name
+    new: Name
+    node: Name = ""
+    """The node id of `new`, as in `add_peer`."""
+
+
+class TransferLeader(ClientRequest, tag="transfer_leader", kw_only=True):
+    """Let `to` lead, or, when that is "", the voter that has most of the log."""
+
+    name: ClassVar[str] = "transfer_leader"
+    to: Name = ""
+
+
+ChangeRequest: TypeAlias = AddPeer | RemovePeer | ReplacePeer | TransferLeader
 
 
 # --- requests of members --------------------------------------------------------------------------------------
@@ -276,6 +313,8 @@ class Hello(Request, tag="hello", kw_only=True):
     link: bool = True
     """This is the member's one link, in place of an older one; false for a single request from another thread."""
     reminder: Reminder | UnsetType = UNSET
+    membership: EntryId = GENESIS
+    """The entry with the newest membership that the sender has."""
 
 
 class Staged(Struct, kw_only=True):
@@ -297,6 +336,8 @@ class VoteRequest(Request, tag="vote_request", kw_only=True):
     """What the candidate knows as committed. For people: the rule looks at `staged` alone."""
     staged: Staged
     pre_vote: bool = False
+    transfer: bool = False
+    """The leader has asked for this campaign: voters that hear it still need not keep to it."""
 
 
 class Heartbeat(Request, tag="heartbeat", kw_only=True):
@@ -320,12 +361,23 @@ class Data(Request, tag="data", kw_only=True):
     commit_id: Count = 0
 
 
-PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data
+class TimeoutNow(Request, tag="timeout_now", kw_only=True):
+    """The leader asks its follower to campaign at once, and so to take over (thesis 3.10)."""
+
+    name: ClassVar[str] = "timeout_now"
+    term: Count
+    leader: Name
+
+
+PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data | TimeoutNow
 AnyRequest: TypeAlias = (
-    Put | Get | Delete | Peers | Status | Ping | Entries | AddPeer | RemovePeer | Hello | VoteRequest | Heartbeat | Data
+    Put | Get | Delete | Peers | Status | Ping | Entries | ChangeRequest | Hello | VoteRequest | Heartbeat | Data
+    | TimeoutNow
+)  # fmt: skip
+REQUEST_TYPES: Final = tuple(
+    t.name for t in (Put, Get, Delete, Peers, Status, Ping, Entries, AddPeer, RemovePeer, ReplacePeer, TransferLeader)
 )
-REQUEST_TYPES: Final = tuple(t.name for t in (Put, Get, Delete, Peers, Status, Ping, Entries, AddPeer, RemovePeer))
-PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data))
+PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data, TimeoutNow))
 
 
 # --- answers --------------------------------------------------------------------------------------------------
@@ -404,12 +456,43 @@ class EntriesAnswer(Answer, tag="entries", kw_only=True):
     """What the node knows as committed."""
 
 
-class AddPeerAnswer(Answer, tag="add_peer", kw_only=True):
-    data: bool
+class Members(Struct, omit_defaults=True, kw_only=True):
+    """A membership, as answers tell it: see `MembersCommand`."""
+
+    term: int = 0
+    commit_id: int = 0
+    """The entry that made it so."""
+    voters: dict[str, str]
+    learners: dict[str, str] = {}
+    replaces: dict[str, str] = {}
 
 
-class RemovePeerAnswer(Answer, tag="remove_peer", kw_only=True):
+class ChangeAnswer(Answer, kw_only=True):
+    """True: the change is committed."""
+
     data: bool
+    commit_id: int | UnsetType = UNSET
+    """The entry that made it; that of the present membership when nothing had to be changed."""
+    cluster: str | UnsetType = UNSET
+    membership: Members | UnsetType = UNSET
+
+
+class AddPeerAnswer(ChangeAnswer, tag="add_peer", kw_only=True):
+    pass
+
+
+class RemovePeerAnswer(ChangeAnswer, tag="remove_peer", kw_only=True):
+    pass
+
+
+class ReplacePeerAnswer(ChangeAnswer, tag="replace_peer", kw_only=True):
+    pass
+
+
+class TransferLeaderAnswer(Answer, tag="transfer_leader", kw_only=True):
+    data: bool
+    leader: str | UnsetType = UNSET
+    """Who leads now."""
 
 
 class HelloAnswer(Answer, tag="hello", kw_only=True):
@@ -418,6 +501,10 @@ class HelloAnswer(Answer, tag="hello", kw_only=True):
     node: str = ""
     address: str = ""
     reminder: Reminder | UnsetType = UNSET
+    membership: EntryId = GENESIS
+    """The entry with the newest membership that this node has; in a refusal, the one that the refusal rests on."""
+    known_as: str = ""
+    """In a refusal as `wrong_node`: the node that is the member at this address."""
 
 
 class VoteAnswer(Answer, tag="vote_request", kw_only=True):
@@ -452,16 +539,24 @@ class DataAnswer(Answer, tag="data", kw_only=True):
     reason: Reason = ""
 
 
+class TimeoutNowAnswer(Answer, tag="timeout_now", kw_only=True):
+    """True: it campaigns, in `term`."""
+
+    data: bool
+    term: Count
+
+
 class Refusal(Answer, tag="error", kw_only=True):
     """The answer to a message whose type could not be made out."""
 
     data: bool = False
 
 
-PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer
+PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer | TimeoutNowAnswer
 AnyAnswer: TypeAlias = (
     PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | EntriesAnswer | AddPeerAnswer
-    | RemovePeerAnswer | HelloAnswer | VoteAnswer | HeartbeatAnswer | DataAnswer | Refusal
+    | RemovePeerAnswer | ReplacePeerAnswer | TransferLeaderAnswer | HelloAnswer | VoteAnswer | HeartbeatAnswer
+    | DataAnswer | TimeoutNowAnswer | Refusal
 )  # fmt: skip
 
 
@@ -488,6 +583,12 @@ def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
             return AddPeerAnswer(data=False, error=error, id=id)
         case "remove_peer":
             return RemovePeerAnswer(data=False, error=error, id=id)
+        case "replace_peer":
+            return ReplacePeerAnswer(data=False, error=error, id=id)
+        case "transfer_leader":
+            return TransferLeaderAnswer(data=False, error=error, id=id)
+        case "timeout_now":
+            return TimeoutNowAnswer(data=False, term=0, error=error, id=id)
         case "hello":
             return HelloAnswer(data=False, error=error, id=id)
         case "vote_request":

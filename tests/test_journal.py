@@ -191,7 +191,7 @@ class JournalAgainstList(RuleBasedStateMachine):
     def _memberships(self) -> list[Membership]:
         commands = [(entry.commit_id, decode_command(entry.command)) for entry in self.log]
         return [FOUNDING] + [
-            Membership(commit_id=commit_id, voters=command.voters, learners=command.learners)
+            Membership.of(self.log[commit_id - 1].id, command)
             for commit_id, command in commands
             if isinstance(command, MembersCommand)
         ]

@@ -351,6 +351,7 @@ def test_requests_come_back(data: st.DataObject) -> None:
         "previous": entry_id, "entries": st.lists(entry, max_size=3), "action": st.sampled_from(["log", "commit"]),
         "consistency": st.sampled_from(["local", "linearizable"]), "forwarded": st.booleans(),
         "pre_vote": st.booleans(), "link": st.booleans(), "first": count, "last": count,
+        "old": text, "new": text, "to": text, "force": st.booleans(), "transfer": st.booleans(), "membership": entry_id,
         "reminder": st.just(UNSET) | st.builds(messages.Reminder, node=text, term=count, held=entry_id, vote=text),
         "staged": st.builds(lambda a, t, c: messages.Staged(address=a, term=t, commit_id=c), text, count, count),
     }  # fmt: skip

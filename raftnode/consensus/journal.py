@@ -96,6 +96,10 @@ class Journal:
         """Remember the node id of a member met for the first time, in every membership that has it unbound."""
         self._memberships = [m.bind(address, node) if m.node_of(address) == "" else m for m in self._memberships]
 
+    def correct(self, address: str, node: str) -> None:
+        """In the newest committed membership this address belongs to another node than was thought here."""
+        self._memberships[0] = self._memberships[0].with_node(address, node)
+
     @property
     def has_unwritten(self) -> bool:
         """True when the log in memory is ahead of the disk."""
@@ -249,8 +253,13 @@ class Journal:
             self._kept[entry.commit_id] = entry
             self._kept_bytes += entry.size
             if memoryview(entry.command)[: len(_MEMBERS)] == _MEMBERS:
-                self._memberships.append(_membership_of(entry))
+                self._take_membership(entry)
         self.last = Mark(entries[-1].id, entries[-1].checksum)
+
+    def _take_membership(self, entry: Entry) -> None:
+        """A node that joins has the membership of that day from the beginning, and then passes through older ones."""
+        if entry.commit_id > self._memberships[0].commit_id:
+            self._memberships.append(_membership_of(entry).knowing(self._memberships[-1]))
 
     def _cut(self, first: int) -> None:
         """Take the entries from `first` on away, with the memberships that they made."""
@@ -258,8 +267,8 @@ class Journal:
             self._kept_bytes -= self._kept.pop(commit_id).size
         self._kept_first = min(self._kept_first, first)
         self.last = Mark(self.id_at(first - 1), self._checksum_at(first - 1))
-        while self._memberships[-1].commit_id >= first:
-            self._memberships.pop()
+        while len(self._memberships) > 1 and self._memberships[-1].commit_id >= first:
+            self._memberships.pop()  # the first one is committed, though a log that has begun anew may not be so far
         if first <= self.written:
             self.written = first - 1
             self._cut_from = first if self._cut_from is None else min(first, self._cut_from)
@@ -295,4 +304,4 @@ class Journal:
 def _membership_of(entry: Entry) -> Membership:
     command = decode_command(entry.command)
     assert isinstance(command, MembersCommand), "an entry that begins like a membership is one"
-    return Membership(commit_id=entry.commit_id, voters=command.voters, learners=command.learners)
+    return Membership.of(entry.id, command)

@@ -17,6 +17,8 @@ from msgspec import Raw
 
 from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.changes import CatchingUp, ChangeRefused, next_steps, voters_changed
+from raftnode.consensus.handover import Handover
 from raftnode.consensus.journal import Gap, HistoryDiffers, Journal
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.progress import Progress
@@ -31,11 +33,14 @@ from raftnode.messages import (
     EntryId,
     Heartbeat,
     HeartbeatAnswer,
+    MembersCommand,
     Noop,
     PeerAnswer,
     PeerRequest,
     Reason,
     Staged,
+    TimeoutNow,
+    TimeoutNowAnswer,
     VoteAnswer,
     VoteRequest,
     encode_command,
@@ -87,10 +92,13 @@ class Raft:
         settings: Settings,
         now: float,
         witnesses: Mapping[str, Witness] | None = None,
+        node: str = "",
     ) -> None:
         """`commit_id` is what the store has applied; `now` is when this member starts (seconds, monotonic).
-        `witnesses` is what this member remembered before of the others, and of itself when it had forgotten."""
+        `witnesses` is what this member remembered before of the others, and of itself when it had forgotten. `node` is
+        this node's id: under another one, its address is another member's."""
         self.me = me
+        self.node = node
         self.journal = journal
         self.ballot = ballot
         self.commit_id = commit_id
@@ -103,7 +111,7 @@ class Raft:
         """Commands that this leader has staged in its term and not handed out as committed."""
         self.complaint = ""
         """Why entries of the leader were refused last, in words, for the log; "" while all is well."""
-        self.witnesses = Witnesses(witnesses or {})
+        self.witnesses = Witnesses(witnesses or {}, lambda member: self.membership.node_of(member))
         self.has_forgotten = not self.witnesses.of(me).is_kept(ballot, journal)
         """This member's disk lacks what it has promised (`witness`): it takes part in nothing, for good."""
         self._chance = chance
@@ -122,6 +130,10 @@ class Raft:
         self._ballot_changed = False
         self._out = Ready()
         self._others: tuple[Membership, tuple[str, ...]] | None = None
+        self._met: tuple[Membership, dict[str, str]] | None = None  # the leader has progress of these nodes
+        self._handover: Handover | None = None
+        self._catching_up = CatchingUp(self._low)
+        self._told_out = False
         self.rearm()
 
     # --- what others may look at ---
@@ -150,6 +162,32 @@ class Raft:
     def may_serve_reads(self) -> bool:
         """True once this leader knows the cluster's commit_id: its own no-op has committed (TRAPS 6)."""
         return self.is_leader and self.commit_id >= self._first_own
+
+    @property
+    def is_outside(self) -> bool:
+        """This node is no member any more: by its own log, or by the word of a member whose log is longer. It stays so
+        until a leader speaks to it."""
+        return self._told_out or not any(
+            self._is_mine(members.node_of(self.me)) for members in self.journal.memberships
+        )
+
+    def _is_mine(self, node: str | None) -> bool:
+        """The member known by this id is this node (rule 9)."""
+        return node is not None and (not self.node or node in ("", self.node))
+
+    @property
+    def is_handing_over(self) -> bool:
+        """This leader takes no commands, as another member is about to lead."""
+        return self._handover is not None
+
+    @property
+    def successor(self) -> str | None:
+        """Who is about to lead."""
+        return None if self._handover is None else self._handover.to
+
+    def is_silent(self, peer: str) -> bool:
+        """This leader has not heard `peer` for an election timeout."""
+        return peer != self.me and peer not in self._heard()
 
     def is_credible(self, term: int) -> bool:
         """False for a term to which no elections can have led: a message of it is best lost, as Raft lets any message
@@ -204,6 +242,11 @@ class Raft:
             self._arm_election()
 
     def _lead_on(self) -> None:
+        if self._handover is not None and self._now >= self._handover.deadline:
+            self._handover = None
+            if not self._votes_in(self.membership):
+                self._become_follower(self.term, None)
+                return
         if not self._hears_majority():
             self._become_follower(self.term, None)
         elif self._now >= self._heartbeat_due:
@@ -216,8 +259,11 @@ class Raft:
 
     def _hears_majority(self) -> bool:
         """Check-quorum (thesis 6.2): a majority answered within the least election timeout."""
-        heard = {peer for peer, progress in self.progress.items() if self._now - progress.heard_at <= self._low}
-        return self.membership.is_majority({self.me, *heard})
+        return self.membership.is_majority(self._heard())
+
+    def _heard(self) -> set[str]:
+        """Who has answered within the least election timeout; this member hears itself."""
+        return {self.me, *(p for p, progress in self.progress.items() if self._now - progress.heard_at <= self._low)}
 
     def _hears_leader(self) -> bool:
         """This voter has a leader and should not help to replace it (thesis 4.2.3)."""
@@ -234,7 +280,7 @@ class Raft:
         """Ask for a pre-vote; with a majority of those, for votes (thesis 9.6). Neither a learner nor who has forgotten
         its promises ever campaigns."""
         self._arm_election()
-        if self.me not in self.membership.voters or self.has_forgotten:
+        if not self._may_campaign:
             return
         self.remember()
         self._set_role(Role.PRE_CANDIDATE)
@@ -242,24 +288,38 @@ class Raft:
         self._votes = {self.me}
         self._ask_for_votes(self.term + 1, pre_vote=True)
 
-    def _become_candidate(self) -> None:
+    @property
+    def _may_campaign(self) -> bool:
+        """Who is taken out by an entry that may not be committed yet still campaigns, without a vote of its own: it can
+        be the only one with that entry (thesis 4.2.2)."""
+        is_voter = any(self._votes_in(members) for members in self.journal.memberships)
+        return is_voter and not self.has_forgotten and not self._told_out
+
+    def _votes_in(self, members: Membership) -> bool:
+        return self._is_mine(members.voters.get(self.me))
+
+    def _become_candidate(self, is_transfer: bool = False) -> None:
         self._set_ballot(self.ballot.in_term(self.term + 1).vote(self.me))
         self._set_role(Role.CANDIDATE)
+        self.leader = None
         self._votes = {self.me}
         self._arm_election()
-        self._ask_for_votes(self.term, pre_vote=False)
+        self._ask_for_votes(self.term, pre_vote=False, is_transfer=is_transfer)
 
-    def _ask_for_votes(self, term: int, pre_vote: bool) -> None:
+    def _ask_for_votes(self, term: int, pre_vote: bool, is_transfer: bool = False) -> None:
         for voter in sorted(self.membership.voters):
             if voter != self.me:
-                self.send_vote_request(voter, term, pre_vote)
+                self.send_vote_request(voter, term, pre_vote, is_transfer)
         self._count_votes()
 
-    def send_vote_request(self, voter: str, term: int, pre_vote: bool) -> None:
+    def send_vote_request(self, voter: str, term: int, pre_vote: bool, is_transfer: bool = False) -> None:
         """One vote request to one voter."""
         last = self.journal.last.id
         staged = Staged(address=self.me, term=last.term, commit_id=last.commit_id)
-        self._send(voter, VoteRequest(term=term, commit_id=self.commit_id, staged=staged, pre_vote=pre_vote))
+        request = VoteRequest(
+            term=term, commit_id=self.commit_id, staged=staged, pre_vote=pre_vote, transfer=is_transfer
+        )
+        self._send(voter, request)
 
     def _count_votes(self) -> None:
         if self.membership.is_majority(self._votes):
@@ -273,6 +333,7 @@ class Raft:
     def _set_role(self, role: Role) -> None:
         if self.is_leader and role is not Role.LEADER:
             self.progress = {}
+            self._met = self._handover = None
             self._out.dropped_reads += [*self.reads.drop(), *(token for _, token in self._confirmed_reads)]
             self._confirmed_reads = []
             self.uncommitted_bytes = 0
@@ -302,6 +363,8 @@ class Raft:
         self._heartbeat_due = self._now
         self.uncommitted_bytes = 0
         self.progress = {}
+        self._met = None
+        self._catching_up.clear()
         self._meet_members()
         self._first_own = self.journal.last.id.commit_id + 1
         self._append(encode_command(Noop()))
@@ -311,6 +374,7 @@ class Raft:
     def propose(self, command: Raw) -> int:
         """Append a command in this leader's term; returns its commit_id."""
         assert self.is_leader, "only a leader appends, in its own term (TRAPS 10)"
+        assert not self.is_handing_over, "what is appended now would keep the successor waiting"
         return self._append(command)
 
     def _append(self, command: Raw) -> int:
@@ -322,6 +386,108 @@ class Raft:
         """A linearizable read arrives (rule 7). Its token comes back in `Ready.reads`, or in `dropped_reads`."""
         assert self.may_serve_reads, "no reads before the leader's own no-op has committed"
         self.reads.add(token, self.commit_id)
+
+    # --- the membership (leader only; `changes` tells what a change may be) ---
+
+    def check_may_change(self) -> None:
+        """Raises ChangeRefused while this leader may not change the members: the change before is not committed, or no
+        entry of its own is. Without that second rule two leaders could each make a change from one membership, with
+        majorities that share nobody (the error in the thesis that was found in 2015; TRAPS 31)."""
+        assert self.is_leader, "only a leader changes the members"
+        if not self.may_serve_reads:
+            raise ChangeRefused("no_leader", f"{self.me} leads, but has committed no entry yet; try again")
+        if self.is_handing_over:
+            raise ChangeRefused("change_under_way", f"{self.me} is handing over to {self.successor}; try again")
+        if self.membership.commit_id > self.commit_id:
+            raise ChangeRefused(
+                "change_under_way",
+                f"another change of the members (entry {self.membership.commit_id}) is not committed yet; try again",
+            )
+
+    def change(self, command: MembersCommand, force: bool = False) -> int:
+        """Append a membership, in force from now on; returns its commit_id. `force`: also when too few voters are heard
+        to commit it now. Raises ChangeRefused."""
+        self.check_may_change()
+        assert len(voters_changed(self.membership, command)) <= 1, "one at a time: majorities must overlap"
+        if not force and not self._has_live_majority(command):
+            alive = ", ".join(sorted(self._heard() & command.voters.keys())) or "none"
+            raise ChangeRefused(
+                "no_live_majority",
+                f"of the voters {', '.join(command.voters)} that this would leave, only these answer: {alive}. That is "
+                "no majority, and nothing could be written until more of them come back; with force it is done "
+                "nevertheless",
+            )
+        return self._append(encode_command(command))
+
+    def _has_live_majority(self, command: MembersCommand) -> bool:
+        """A change that gives or takes no vote can't make it worse."""
+        after = Membership(voters=command.voters)
+        return after.is_majority(self._heard()) or not voters_changed(self.membership, command)
+
+    def next_change(self) -> MembersCommand | None:
+        """What this leader should change now by itself: see `changes.next_steps`."""
+        members = self.membership
+        if not self.is_leader or not (members.learners or members.replaces):
+            return None
+        self._meet_members()
+        heard = self._heard()
+        matches = {learner: self.progress[learner].match for learner in members.learners if learner in heard}
+        caught_up = self._catching_up.caught_up(matches, self.commit_id, self._now)
+        try:
+            self.check_may_change()
+        except ChangeRefused:
+            return None  # its turn comes
+        return next((step for step in next_steps(members, caught_up) if self._has_live_majority(step)), None)
+
+    def hand_over(self, to: str | None = None) -> str:
+        """Let another voter lead (thesis 3.10): `to`, or whoever holds most of the log. Returns who. From now on
+        nothing is appended; after an election timeout this leader goes on if it still leads. Raises ChangeRefused."""
+        assert self.is_leader, "only a leader hands over"
+        self._meet_members()
+        if self._handover is not None:
+            raise ChangeRefused("change_under_way", f"{self.me} is handing over to {self._handover.to} already")
+        heard = self._heard() - {self.me}
+        if to is None:
+            voters = sorted(self.membership.voters.keys() & heard)
+            if not voters:
+                raise ChangeRefused("no_successor", "no other voter answers: nobody could take over")
+            to = max(voters, key=lambda voter: self.progress[voter].match)
+        elif to not in self.membership.voters:
+            is_learner = to in self.membership.learners
+            code, why = ("not_voter", "has no vote yet") if is_learner else ("not_member", "is no member")
+            raise ChangeRefused(code, f"{to} {why}: it can't lead")
+        elif to not in heard:
+            raise ChangeRefused("no_successor", f"{to} does not answer: it could not take over")
+        self._handover = Handover(to, self._now + self._low)
+        return to
+
+    def _drive_handover(self) -> None:
+        """When everything is committed and the successor has it, so that no client is left in doubt, it is its turn. A
+        leader that its own change has taken out leads until that is committed, and hands over then (thesis 4.2.2)."""
+        if self._handover is None and not self._votes_in(self.membership) and self.membership.commit_id <= self.applied:
+            try:
+                self.hand_over()
+            except ChangeRefused:
+                self._become_follower(self.term, None)
+                return
+        if (handover := self._handover) is None:
+            return
+        last, progress = self.journal.last.id.commit_id, self.progress.get(handover.to)
+        if not handover.is_asked and progress is not None and progress.match == self.applied == last:
+            handover.is_asked = True
+            self._send(handover.to, TimeoutNow(term=self.term, leader=self.me))
+
+    def stand_outside(self) -> None:
+        """A member tells this node that it has been taken out, by an entry that is newer than what this node has."""
+        if not self.is_leader and not self._hears_leader():
+            self._told_out = True
+            self._become_follower(self.term, None)
+
+    def give_up_identity(self, node: str) -> None:
+        """The others know this address as another node: the one whose disk this was. Until the log says that this node
+        is a member, it has no part in any election."""
+        self.journal.correct(self.me, node)
+        self._become_follower(self.term, None)
 
     # --- requests of other members ---
 
@@ -335,6 +501,8 @@ class Raft:
                 self._on_heartbeat(ticket, message)
             case VoteRequest():
                 self._on_vote_request(ticket, message)
+            case TimeoutNow():
+                self._on_timeout_now(ticket, message)
         if first_hand:
             self._witness_request(message)
 
@@ -343,17 +511,38 @@ class Raft:
         term = message.term if granted else self.term
         self._out.answers.append((ticket, VoteAnswer(data=granted, term=term, pre_vote=message.pre_vote)))
 
+    def _on_timeout_now(self, ticket: Ticket, message: TimeoutNow) -> None:
+        """The leader of this term wants this member to lead (thesis 3.10): no pre-vote, as it has agreed itself."""
+        takes_over = (
+            message.term == self.term
+            and message.leader == self.leader
+            and self.role is Role.FOLLOWER
+            and self._may_campaign
+        )
+        if takes_over:
+            self.remember()
+            self._become_candidate(is_transfer=True)
+        self._out.answers.append((ticket, TimeoutNowAnswer(data=takes_over, term=self.term)))
+
     def _grants_pre_vote(self, message: VoteRequest) -> bool:
         """Would this node vote so? Promises nothing and changes nothing (thesis 9.6)."""
-        return message.term > self.term and not self._hears_leader() and self._is_up_to_date(message)
+        is_free = not self._hears_leader() and self._may_vote
+        return message.term > self.term and is_free and self._is_up_to_date(message)
+
+    @property
+    def _may_vote(self) -> bool:
+        """The node that this address is known by may have voted already. Who is no member by its own log may be one by
+        the candidate's (TRAPS 32)."""
+        node = self.membership.node_of(self.me)
+        return node is None or self._is_mine(node)
 
     def _grants_vote(self, message: VoteRequest) -> bool:
         """One vote a term, for a candidate whose log is at least as up to date (thesis 3.4, 3.6.1). A granted vote
         starts the voter's timer anew; a refused one does not."""
-        if message.term < self.term:
+        if message.term < self.term or not self._may_vote:
             return False
         if message.term > self.term:
-            if self._hears_leader():
+            if self._hears_leader() and not message.transfer:
                 return False
             self._become_follower(message.term, None)
         candidate = message.staged.address
@@ -442,6 +631,7 @@ class Raft:
         if term > self.term or self.role is not Role.FOLLOWER or self.leader is None:
             self._become_follower(term, leader)
         self._heard_leader_at = self._now
+        self._told_out = False
         self._arm_election()
         return True
 
@@ -564,6 +754,8 @@ class Raft:
                 self.witnesses.spoke(message.staged.address, message.term)
             return
         self.witnesses.spoke(message.leader, message.term)
+        if isinstance(message, TimeoutNow):
+            return
         if message.leader == self.leader and message.term == self.term:
             self._led = (message.leader, min(message.commit_id, self._matched))
 
@@ -571,6 +763,9 @@ class Raft:
 
     def ready(self) -> Ready:
         """Everything that has become due since the last call, for the driver to do in the order of `Ready`."""
+        if self.is_leader:
+            self._meet_members()
+            self._drive_handover()
         if self.is_leader:
             self._replicate()
         out, self._out = self._out, Ready()
@@ -612,11 +807,17 @@ class Raft:
             self._send_heartbeats()
 
     def _meet_members(self) -> None:
-        """Keep progress of exactly the other members in force: a change counts from when it is appended (rule 8)."""
-        if self.progress.keys() != set(self.others):
-            next = self.journal.last.id.commit_id + 1
-            known = self.progress
-            self.progress = {peer: known.get(peer) or Progress(next, self._now) for peer in self.others}
+        """Keep progress of exactly the other members in force: a change counts from when it is appended (rule 8). Of
+        another node at the address of a member nothing is known (rule 9)."""
+        members = self.membership
+        if self._met is not None and self._met[0] is members:
+            return
+        before = {} if self._met is None else self._met[1]
+        nodes = {peer: members.node_of(peer) or "" for peer in self.others}
+        known = {peer: self.progress[peer] for peer in nodes if before.get(peer) in ("", nodes[peer])}
+        next = self.journal.last.id.commit_id + 1
+        self.progress = {peer: known.get(peer) or Progress(next, self._now) for peer in nodes}
+        self._met = (members, nodes)
 
     def _replicate(self) -> None:
         """Send every member the entries that it lacks, as far as its window lets, and start a read round if due."""

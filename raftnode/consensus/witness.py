@@ -41,9 +41,10 @@ follower together with that news, and who holds the entry does not vote for a lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
+import msgspec
 from msgspec import Struct
 
 from raftnode.consensus.ballot import Ballot
@@ -76,14 +77,16 @@ class Witness(Struct, frozen=True):
     """Its log holds this entry for good: others have counted on its copy, and the entry is committed."""
     vote: str = ""
     """It has voted for this member in that very term; "" when that is not known."""
+    node: str = ""
+    """Which node has promised it; "" while that is not known. Another node at its address has promised nothing."""
 
     def joined(self, other: Witness) -> Witness:
-        """All that either of the two says. Of two entries in one history the later one says more."""
+        """All that either of the two says, of one node. Of two entries in one history the later one says more."""
         newer, older = (self, other) if self.term >= other.term else (other, self)
         held, vote = newer.held, newer.vote
         if newer.term == older.term:
             held, vote = _later(held, older.held), vote or older.vote
-        return Witness(newer.term, held, _later(self.floor, other.floor), vote)
+        return Witness(newer.term, held, _later(self.floor, other.floor), vote, self.node or other.node)
 
     def is_kept(self, ballot: Ballot, journal: History) -> bool:
         """True when nothing of it is forgotten."""
@@ -106,14 +109,17 @@ _NOTHING: Final = Witness()
 
 
 class Witnesses:
-    """What this member remembers, by address."""
+    """What this member remembers, by address: of the node that is the member there now."""
 
-    def __init__(self, known: Mapping[str, Witness]) -> None:
+    def __init__(self, known: Mapping[str, Witness], node_of: Callable[[str], str | None] = lambda _member: "") -> None:
+        """`node_of` tells which node is the member at an address; "" or None while that is not known."""
         self._known = dict(known)
+        self._node_of = node_of
 
     def of(self, member: str) -> Witness:
         """What is remembered of `member`."""
-        return self._known.get(member, _NOTHING)
+        known = self._known.get(member, _NOTHING)
+        return known if known.node in ("", self._node_of(member) or known.node) else _NOTHING
 
     def spoke(self, member: str, term: int) -> None:
         """The member has spoken in `term`, on its own behalf."""
@@ -122,7 +128,8 @@ class Witnesses:
 
     def add(self, member: str, witness: Witness) -> None:
         """Remember more of `member`."""
-        self._known[member] = self.of(member).joined(witness)
+        known, node = self.of(member).joined(witness), self._node_of(member) or ""
+        self._known[member] = known if known.node == node or not node else msgspec.structs.replace(known, node=node)
 
     def facts(self) -> dict[str, Witness]:
         """All of it as it is now, for the disk."""

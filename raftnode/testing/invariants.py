@@ -19,15 +19,15 @@ from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.raft import Raft
 from raftnode.messages import (
-    Data,
     DataAnswer,
     DeleteAnswer,
     Entry,
     EntryId,
     GetAnswer,
-    Heartbeat,
-    HeartbeatAnswer,
+    PeerAnswer,
+    PeerRequest,
     PutAnswer,
+    TimeoutNow,
     VoteAnswer,
     VoteRequest,
 )
@@ -86,8 +86,10 @@ class Look(NamedTuple):
     applied: int
     led_term: int = 0
     """The term that it led; 0 when it did not lead."""
-    matches: Mapping[str, int] = {}
-    """As the leader: how far each other member held its log."""
+    matches: Mapping[tuple[str, str | None], int] = {}
+    """As the leader: how far each other member, by address and node id, held its log."""
+    membership: Membership | None = None
+    """In force by its log."""
 
 
 class Invariants:
@@ -101,9 +103,17 @@ class Invariants:
         self._votes: dict[tuple[str, int], str] = {}
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # who granted one, by candidate and term
         self._checksums: dict[EntryId, int] = {}
+        self._transfers: set[tuple[str, int]] = set()  # who was asked by its leader to campaign for this term
         self._looks = {name: Look(Ballot(), 0, 0, 0) for name in members}
         self._logs: dict[str, tuple[int, Entry | None]] = dict.fromkeys(members, (0, None))
         self._read_floors: dict[object, int] = {}
+
+    def joined(self, member: Watched) -> None:
+        """A new member has begun, with an empty disk; or one whose disk was wiped, as another node."""
+        self._looks[member.name] = Look(Ballot(), 0, 0, 0)
+        self._logs[member.name] = (0, None)
+        for name, term in [vote for vote in self._votes if vote[0] == member.name]:
+            del self._votes[name, term]
 
     @property
     def elections(self) -> int:
@@ -126,7 +136,7 @@ class Invariants:
         name, disk = member.name, member.disk
         if isinstance(message, PutAnswer | DeleteAnswer | GetAnswer) and message.commit_id is not UNSET:
             self._check_told(member, message.commit_id)
-        if not isinstance(message, VoteRequest | VoteAnswer | Heartbeat | HeartbeatAnswer | Data | DataAnswer):
+        if not isinstance(message, PeerRequest | PeerAnswer):
             return  # not of the consensus
         if isinstance(message, VoteRequest | VoteAnswer) and message.pre_vote:
             if isinstance(message, VoteAnswer) and message.data:
@@ -135,9 +145,12 @@ class Invariants:
         assert message.term <= disk.ballot.term, (
             f"disk before words: {name} speaks in term {message.term}, on disk is {disk.ballot}"
         )
+        if isinstance(message, TimeoutNow):
+            self._check_handover(member, message)
+            self._transfers.add((target, message.term + 1))
         if isinstance(message, VoteRequest):
             self._voted(member, message.term, name)
-            self._check_campaign(member, message.term)
+            self._check_campaign(member, message)
         if isinstance(message, VoteAnswer) and message.data:
             self._voted(member, message.term, target)
         if isinstance(message, DataAnswer) and message.data:
@@ -159,8 +172,21 @@ class Invariants:
         before = self._votes.setdefault((member.name, term), candidate)
         assert before == candidate, f"one vote a term: {member.name} told {before} and {candidate} in term {term}"
 
-    def _check_campaign(self, member: Watched, term: int) -> None:
-        """`member` asks for votes: nobody's term rises before a majority has said that it would vote so (rule 3)."""
+    def _check_handover(self, member: Watched, message: TimeoutNow) -> None:
+        """A leader that lets another one campaign leaves no client in doubt: all of its log is committed."""
+        assert member.raft.commit_id == len(member.disk.entries), (
+            f"a leader hands over what is finished: {member.name} has committed {member.raft.commit_id} of "
+            f"{len(member.disk.entries)} entries"
+        )
+        assert self._leaders.get(message.term) == member.name, f"only a leader hands over: {member.name}"
+
+    def _check_campaign(self, member: Watched, message: VoteRequest) -> None:
+        """`member` asks for votes: nobody's term rises before a majority has said that it would vote so (rule 3), or
+        their leader has asked for it (thesis 3.10)."""
+        term = message.term
+        if message.transfer:
+            assert (member.name, term) in self._transfers, f"nobody asked {member.name} to take over in term {term}"
+            return
         granted = {member.name, *self._pre_votes.get((member.name, term), ())}
         assert _is_majority(_membership(member), granted), (
             f"pre-vote before every campaign: {member.name} asks for votes in term {term}, of {sorted(granted)} only"
@@ -169,9 +195,10 @@ class Invariants:
     def _check_told(self, member: Watched, commit_id: int) -> None:
         """A client is told of what is committed up to here: it may be what a majority has on disk, and no more."""
         if commit_id > len(self.chosen):
-            logs = [other.disk.entries for other in self._members.values()]
+            voters = _membership(member).voters
+            logs = [other.disk.entries for name, other in self._members.items() if name in voters]
             copies = Counter(log[commit_id - 1].term for log in logs if len(log) >= commit_id)
-            assert 2 * max(copies.values(), default=0) > len(_membership(member).voters), (
+            assert 2 * max(copies.values(), default=0) > len(voters), (
                 f"disk before words: {member.name} tells a client of {commit_id}, which is on no majority of disks"
             )
 
@@ -186,12 +213,13 @@ class Invariants:
 
     def _look(self, member: Watched) -> None:
         disk = member.disk
-        look = Look(disk.ballot, disk.commit_id, disk.commit_id, disk.commit_id)
+        look = Look(disk.ballot, disk.commit_id, disk.commit_id, disk.commit_id, membership=_membership(member))
         if member.is_up:
             raft = member.raft
             look = look._replace(commit_id=raft.commit_id, applied=raft.applied)
             if raft.is_leader:
-                matches = {peer: progress.match for peer, progress in raft.progress.items()}
+                node_of = raft.membership.node_of
+                matches = {(peer, node_of(peer)): progress.match for peer, progress in raft.progress.items()}
                 look = look._replace(led_term=raft.term, matches=matches)
         self._looks[member.name] = look
 
@@ -253,7 +281,8 @@ class Invariants:
         """An entry is applied first when a majority of the voters, as `member` knows them, has it on disk (thesis 3.5,
         10.2.1)."""
         copies = [name for name, other in self._members.items() if other.disk.holds(entry.id)]
-        assert _is_majority(_membership(member), copies), (
+        before = self._looks[member.name].membership  # it may have changed after the commit, in the same turn
+        assert _is_majority(_membership(member), copies) or (before is not None and _is_majority(before, copies)), (
             f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
         )
 
@@ -279,15 +308,20 @@ class Invariants:
             entry = log[raft.commit_id - 1]
             assert entry.term == raft.term, f"commit by counting: {name} leads term {raft.term}, commits {entry.id}"
         for peer, progress in raft.progress.items():
-            match, other = progress.match, self._members[peer].disk
-            assert before.led_term != raft.term or match >= before.matches.get(peer, 0), (
-                f"match never falls: {name} had {before.matches[peer]} of {peer}, has {match}"
+            match, there = progress.match, self._members.get(peer)
+            known = before.matches.get((peer, raft.membership.node_of(peer)), 0)
+            assert before.led_term != raft.term or match >= known, (
+                f"match never falls: {name} had {known} of {peer}, has {match}"
             )
-            if match and other.ballot.term <= raft.term:  # the leader of a later term may have cut it
+            if match:
+                assert there is not None, f"match is on disk: {name} counts {match} of {peer}, which never was"
+            if (
+                match and there is not None and there.disk.ballot.term <= raft.term
+            ):  # the leader of a later term may have cut it
                 assert match <= len(log), f"match is on disk: {name} has {len(log)} and counts {match} of {peer}"
-                assert other.holds(log[match - 1].id), (
+                assert there.disk.holds(log[match - 1].id), (
                     f"match is on disk: {name} leads term {raft.term} and counts {match} of {peer}, which ends with "
-                    f"{other.last.id}"
+                    f"{there.disk.last.id}"
                 )
 
     def _check_reads(self, member: Watched) -> None:

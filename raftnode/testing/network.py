@@ -25,24 +25,19 @@ from msgspec import Raw
 
 from raftnode.config import DEFAULT_NAMESPACE, Settings
 from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.changes import ChangeRefused
 from raftnode.consensus.journal import Journal, Mark
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.raft import Raft, Ready
 from raftnode.messages import (
     GENESIS,
     AnyCommand,
-    Data,
-    DataAnswer,
     Entry,
     EntryId,
-    Heartbeat,
-    HeartbeatAnswer,
     MembersCommand,
     PeerAnswer,
     PeerRequest,
     PutCommand,
-    VoteAnswer,
-    VoteRequest,
     chain,
     decode_answer,
     decode_command,
@@ -139,14 +134,12 @@ class Disk:
     def journal(self) -> Journal:
         """The journal of a member that starts from this disk."""
         memberships = [self._founding]
-        for entry in self.entries:
+        for entry in self.entries[self._founding.commit_id :]:
             command = decode_command(entry.command)
             if isinstance(command, MembersCommand):
                 if entry.commit_id <= self.commit_id:
                     memberships.clear()
-                memberships.append(
-                    Membership(commit_id=entry.commit_id, voters=command.voters, learners=command.learners)
-                )
+                memberships.append(Membership.of(entry.id, command))
         return Journal(self, Mark(GENESIS, 0), self.last, memberships)
 
 
@@ -177,10 +170,10 @@ class Envelope:
         """The message, through the production decoder."""
         if self.is_answer:
             answer = decode_answer(self.frame)
-            assert isinstance(answer, VoteAnswer | HeartbeatAnswer | DataAnswer), "members send each other these only"
+            assert isinstance(answer, PeerAnswer), "members send each other these only"
             return answer
         request = decode_request(self.frame)
-        assert isinstance(request, VoteRequest | Heartbeat | Data), "members send each other these only"
+        assert isinstance(request, PeerRequest), "members send each other these only"
         return request
 
 
@@ -199,6 +192,8 @@ class Member:
 
     def __init__(self, name: str, disk: Disk, settings: Settings, chance: random.Random, now: float) -> None:
         self.name = name
+        self.changes_members = False
+        """As leader it takes the next step of a change of the members by itself, as a driver lets it."""
         self.disk = disk
         self.applied: list[Entry] = []
         """The state machine: the entries applied, in order. In memory it may be ahead of the disk."""
@@ -262,6 +257,8 @@ class Member:
         for take in inputs:
             take(raft)
         raft.tick()
+        if self.changes_members and (command := raft.next_change()) is not None:
+            raft.change(command)
         first = raft.ready()
         if first.ballot is None:
             yield from _outgoing(first)
@@ -411,7 +408,7 @@ class Network:
         assert answers, f"{target} has not answered {request}"
         self.in_flight.remove(answers[-1])
         answer = answers[-1].message
-        assert isinstance(answer, VoteAnswer | HeartbeatAnswer | DataAnswer), "the envelope says that it is an answer"
+        assert isinstance(answer, PeerAnswer), "the envelope says that it is an answer"
         return answer
 
     def give_log(self, name: str, *terms: int) -> None:
@@ -442,6 +439,33 @@ class Network:
         self.turn(name, append)
         return found
 
+    def change(self, name: str, change: Callable[[Membership], MembersCommand | None], force: bool = False) -> int:
+        """A change of the members at a leader, made of the membership in force (see `consensus.changes`); returns its
+        commit_id. Raises ChangeRefused."""
+        found: list[int] = []
+        refused: list[ChangeRefused] = []
+
+        def act(raft: Raft) -> None:
+            try:
+                raft.check_may_change()
+                command = change(raft.membership)
+                assert command is not None, "there is something to change"
+                found.append(raft.change(command, force))
+            except ChangeRefused as refusal:
+                refused.append(refusal)
+
+        self.turn(name, act)
+        for refusal in refused:
+            raise refusal
+        return found[0]
+
+    def join(self, name: str, membership: Membership) -> None:
+        """A new member starts with an empty disk, and the membership that it was told of."""
+        self.members[name] = Member(
+            name, Disk(membership), self.settings, random.Random(self.random.getrandbits(64)), self.now
+        )
+        self.invariants.joined(self.members[name])
+
     def read(self, name: str, token: object) -> None:
         """A client's linearizable read at a leader that may serve reads; its outcome is in `Member.reads`."""
         reads = self[name].reads
@@ -463,25 +487,29 @@ class Network:
         """Deliver the message at `index` of `in_flight`: a turn of its target, unless it is lost."""
         envelope = self.in_flight.pop(index)
         source, target, message = envelope.source, envelope.target, envelope.message
-        if not self.reaches(source, target) or not self[target].is_up:
+        if not self.reaches(source, target) or target not in self.members or not self[target].is_up:
             self.watch("lost", envelope)
             return
         assert not self[target].paused, "a paused member takes no turns; see `deliverable`"
         self.watch("delivered", envelope)
-        if isinstance(message, VoteRequest | Heartbeat | Data):
+        if isinstance(message, PeerRequest):
             self.turn(target, lambda raft: raft.step(source, message))
         else:
             self.turn(target, lambda raft: raft.take(source, message))
 
     def deliverable(self) -> list[int]:
         """Indexes into `in_flight` of what is not addressed to a paused member."""
-        return [n for n, envelope in enumerate(self.in_flight) if not self[envelope.target].paused]
+        return [n for n, envelope in enumerate(self.in_flight) if not self._is_paused(envelope.target)]
+
+    def _is_paused(self, name: str) -> bool:
+        """A member that has not joined yet is not paused: what it is sent is lost."""
+        return name in self.members and self[name].paused
 
     def deliver(self, count: int = MESSAGES_MAX) -> int:
         """Deliver in the order of sending, with the answers that this brings about, until nothing is under way or
         `count` messages have arrived. What is addressed to a paused member stays. Returns how many arrived."""
         for arrived in range(count):
-            index = next((n for n, e in enumerate(self.in_flight) if not self[e.target].paused), None)
+            index = next((n for n, e in enumerate(self.in_flight) if not self._is_paused(e.target)), None)
             if index is None:
                 return arrived
             self.deliver_one(index)

@@ -28,6 +28,10 @@ behaviour, and a difference is reviewed as a diff. Everything random has the see
                              cut the link between two; part some from all others; mend all links
     propose X key ...        clients write at the leader X
     read X name              a client's linearizable read at the leader X
+    add X Y, remove X Y, promote X Y
+                             the leader X takes Y as a learner, takes it out, or gives it a vote; a new Y starts with an
+                             empty disk and the members that X knows
+    transfer X Y             the leader X hands over to Y
     crash X [before-write or after-write]
                              kill X, now or in its next turn that writes
     restart X                start X from its disk
@@ -46,7 +50,21 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from raftnode.config import Role, Settings
-from raftnode.messages import Data, DataAnswer, Entry, EntryId, Heartbeat, HeartbeatAnswer, VoteAnswer, VoteRequest
+from raftnode.consensus.changes import ChangeRefused, added, promoted, removed
+from raftnode.consensus.membership import Membership
+from raftnode.messages import (
+    Data,
+    DataAnswer,
+    Entry,
+    EntryId,
+    Heartbeat,
+    HeartbeatAnswer,
+    MembersCommand,
+    TimeoutNow,
+    TimeoutNowAnswer,
+    VoteAnswer,
+    VoteRequest,
+)
 from raftnode.testing.network import MESSAGES_MAX, CrashPoint, Envelope, Member, Network, key_of
 
 RULE = "----"
@@ -116,6 +134,7 @@ class View(NamedTuple):
     leader: str | None
     log: tuple[Entry, ...]
     commit_id: int
+    members: tuple[str, ...]
     answered: dict[object, int]
     dropped: tuple[object, ...]
 
@@ -130,6 +149,7 @@ class View(NamedTuple):
             leader=raft.leader if raft else None,
             log=tuple(member.disk.entries),
             commit_id=raft.commit_id if raft else member.disk.commit_id,
+            members=_members((raft or member.disk).membership),
             answered=dict(member.reads.answered),
             dropped=tuple(member.reads.dropped),
         )
@@ -156,6 +176,10 @@ class Player:
             "heal": lambda _words, _: self.network.heal(),
             "propose": lambda words, _: self._propose(*words),
             "read": lambda words, _: self.network.read(*words),
+            "add": lambda words, _: self._add(*words),
+            "remove": lambda words, _: self._change(words[0], lambda m: removed(m, words[1])),
+            "promote": lambda words, _: self._change(words[0], lambda m: promoted(m, words[1])),
+            "transfer": lambda words, _: self._transfer(*words),
             "crash": lambda words, _: self._crash(*words),
             "restart": lambda words, _: self.network.restart(*words),
             "pause": lambda words, _: self.network.pause(*words),
@@ -229,6 +253,21 @@ class Player:
     def _propose(self, leader: str, *keys: str) -> None:
         self.network.propose(leader, *keys)
 
+    def _add(self, leader: str, name: str) -> None:
+        self._change(leader, lambda members: added(members, name, "", is_silent=False))
+        if name not in self.network.members:
+            self.network.join(name, self.network[leader].raft.membership)
+            self._views[name] = View.of(self.network[name])
+
+    def _change(self, leader: str, change: Callable[[Membership], MembersCommand | None]) -> None:
+        try:
+            self.network.change(leader, change)
+        except ChangeRefused as refusal:
+            self._lines.append(f"  refused: {refusal.code}")
+
+    def _transfer(self, leader: str, to: str) -> None:
+        self.network.turn(leader, lambda raft: raft.hand_over(to))
+
     def _crash(self, name: str, point: str = "now") -> None:
         self.network.crash(name, CrashPoint(point))
 
@@ -280,6 +319,8 @@ def changes(before: View, now: View) -> Iterator[str]:
     if now.role is Role.FOLLOWER and now.leader not in (None, before.leader):
         yield f"follows {now.leader}"
     yield from _log_changes(before.log, now.log)
+    if now.members != before.members:
+        yield f"goes by the members {' '.join(now.members)}"
     if now.commit_id > before.commit_id:
         keys = [key for entry in now.log[before.commit_id : now.commit_id] if (key := key_of(entry)) is not None]
         yield f"commits up to {now.commit_id}" + (f": {' '.join(keys)}" if keys else "")
@@ -290,6 +331,11 @@ def changes(before: View, now: View) -> Iterator[str]:
         yield f"drops the read {token}"
     if before.up and not now.up:
         yield "dies"
+
+
+def _members(membership: Membership) -> tuple[str, ...]:
+    """Voters by name, learners in brackets."""
+    return tuple(name if name in membership.voters else f"({name})" for name in membership.addresses)
 
 
 def _log_changes(before: tuple[Entry, ...], now: tuple[Entry, ...]) -> Iterator[str]:
@@ -306,8 +352,9 @@ def _log_changes(before: tuple[Entry, ...], now: tuple[Entry, ...]) -> Iterator[
 def in_words(envelope: Envelope) -> str:
     """A message as a transcript shows it."""
     match envelope.message:
-        case VoteRequest(pre_vote=pre_vote, term=term, staged=staged):
-            return f"{'pre-vote' if pre_vote else 'vote'} for term {term}? my log ends with {_id(staged.last)}"
+        case VoteRequest(pre_vote=pre_vote, term=term, staged=staged, transfer=transfer):
+            asked = ", as the leader asks" if transfer else ""
+            return f"{'pre-vote' if pre_vote else 'vote'} for term {term}{asked}? my log ends with {_id(staged.last)}"
         case VoteAnswer(pre_vote=pre_vote, data=granted, term=term):
             return f"{'pre-vote' if pre_vote else 'vote'} {'granted' if granted else 'refused'}, term {term}"
         case Heartbeat(term=term, commit_id=commit_id, round=round):
@@ -317,6 +364,10 @@ def in_words(envelope: Envelope) -> str:
         case Data(term=term, previous=previous, entries=entries, commit_id=commit_id):
             what = _span(entries) if entries else "nothing"
             return f"{what} after {_id(previous)}, term {term}, commit {commit_id}"
+        case TimeoutNow(term=term):
+            return f"lead, after term {term}"
+        case TimeoutNowAnswer(data=done, term=term):
+            return f"{'I campaign' if done else 'no'}, term {term}"
         case DataAnswer(data=True, term=term, match=match):
             return f"matches up to {match}, term {term}"
         case DataAnswer(term=term, asked=asked, last=last, reason=reason):

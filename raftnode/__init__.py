@@ -10,8 +10,8 @@
                     | transport (with connections: the loop's two kinds, blocking: for other threads) | log. None of
                     the three knows another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
-                    the other end of a link)
-    4  node         raftnode (assembles, owns the life of a node), client
+                    the other end of a link), members (changes of the members, asked for and of the leader's own)
+    4  node         raftnode (assembles, owns the life of a node), joining (how it becomes a member), client
     5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
                     supervised; comparing: its commands about whole directories, with verification, survey,
                     comparison, chronology); upkeep of a stopped node's directory: repair, recover, shrink
@@ -42,8 +42,12 @@ client.
 
 **Where to put the next feature**: a new message or command kind begins in `messages`; what a command does to the state
 in `namespaces`; a consensus rule in `consensus`, with its paper test; what a client may ask in `requests`; a record on
-disk in `records`. Membership changes have their place in `consensus.journal` (it takes the membership from the log
-already) and `consensus.raft`; sessions in `namespaces`, beside the effects.
+disk in `records`. Sessions have their place in `namespaces`, beside the effects.
+
+**How the members change**: `consensus.changes` says what a change may be and what comes next, `consensus.raft` when one
+may be made, `consensus.journal` takes it from the log (in force when appended, gone when cut), `members` carries out
+what is asked for and what a leader does by itself, `handshake` tells who was removed and notices who lost its disk, and
+`joining` is how an empty directory becomes a member.
 """
 
 if not __debug__:

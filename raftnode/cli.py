@@ -66,6 +66,8 @@ def _serve_options(command: Callable[..., Any]) -> Callable[..., Any]:
                      help="Address to listen on, where that is another (NAT, containers).  [default: as --ip]"),
         click.option("--peers", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_PEERS",
                      help="The other members. None: a cluster of one. Counts when the store is empty."),
+        click.option("--join", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_JOIN",
+                     help="Join a cluster that goes on already: members to ask. Counts when the store is empty."),
         click.option("--volume", default=DEFAULT_DATA_DIR, show_default=True, metavar="DIR", envvar="RAFTNODE_VOLUME",
                      type=click.Path(path_type=Path), help="Data directory; made if need be."),
         click.option("--timeout", default=DEFAULT_TIMEOUT_S, show_default=True, type=click.IntRange(1),
@@ -136,6 +138,10 @@ def serve(**options: Any) -> None:
     On three servers, each with the same set of addresses:
 
         raftnode serve --ip 10.0.0.1:5001 --peers 10.0.0.2:5001,10.0.0.3:5001 --volume /var/lib/raftnode
+
+    A fourth one, later, begins with an empty directory:
+
+        raftnode serve --ip 10.0.0.4:5001 --join 10.0.0.1:5001,10.0.0.2:5001 --volume /var/lib/raftnode
     """
     _serve(**options)
 
@@ -144,6 +150,7 @@ def _serve(
     ip: str,
     listen: str | None,
     peers: str,
+    join: str,
     volume: Path,
     timeout: int,
     store: str,
@@ -152,7 +159,15 @@ def _serve(
 ) -> None:
     log.setup(log_level, as_json=log_json)
     try:
-        options = {"listen": listen, "data_dir": volume, "store_type": store, "connections": _room_for_connections()}
+        if peers.strip() and join.strip():
+            raise ConfigError("give --peers to found a cluster, or --join to join one that goes on already: not both")
+        options = {
+            "listen": listen,
+            "data_dir": volume,
+            "store_type": store,
+            "connections": _room_for_connections(),
+            "join": join.split(",") if join.strip() else None,
+        }
         RaftNode(ip, peers.split(","), timeout, **options).serve()
     except RaftnodeError as error:
         _fail(error)
@@ -253,8 +268,57 @@ def peers(node: str, timeout: float, as_json: bool) -> None:
         click.echo(json.dumps(found))
         return
     for peer in found["peers"]:
-        words = [peer, "leader" if peer == found["leader"] else "", "" if peer in found["live"] else "not answering"]
+        role = "leader" if peer == found["leader"] else "learner" if peer in found.get("learners", ()) else ""
+        words = [peer, role, "" if peer in found["live"] else "not answering"]
         click.echo("  ".join(word for word in words if word))
+
+
+@cli.command("remove-peer")
+@click.argument("address", metavar="HOST:PORT")
+@click.option(
+    "--force", is_flag=True, help="Also when too few of the others answer: nothing can be written until they do."
+)
+@_client_options
+def remove_peer(address: str, force: bool, node: str, timeout: float, as_json: bool) -> None:
+    """Take a member out of the cluster. Its node stands aside from then on; stop it, and delete its directory."""
+    with _client(node, timeout) as client:
+        _tell_change(client.remove_peer(address, force=force), as_json)
+
+
+@cli.command("replace-peer")
+@click.argument("old", metavar="OLD")
+@click.argument("new", metavar="NEW")
+@_client_options
+def replace_peer(old: str, new: str, node: str, timeout: float, as_json: bool) -> None:
+    """Let the node at NEW take the place of OLD, which may be dead.
+
+    Start the new one with `raftnode serve --ip NEW --join ...`, before this or after it. It gets the data, then a vote,
+    and then OLD is taken out, all by itself.
+    """
+    with _client(node, timeout) as client:
+        _tell_change(client.replace_peer(old, new), as_json)
+
+
+@cli.command("transfer-leader")
+@click.option("--to", default="", metavar="HOST:PORT", help="Who is to lead.  [default: who has most of the log]")
+@_client_options
+def transfer_leader(to: str, node: str, timeout: float, as_json: bool) -> None:
+    """Let another voter lead. No write is lost: those that come meanwhile wait, for an election timeout at most."""
+    with _client(node, timeout) as client:
+        leader = client.transfer_leader(to)
+    click.echo(json.dumps({"leader": leader}) if as_json else f"{leader} leads")
+
+
+def _tell_change(done: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(done))
+        return
+    members = done["membership"]
+    words = [f"{len(members['voters'])} voters: {', '.join(members['voters'])}"]
+    if learners := members.get("learners"):
+        words.append(f"learners: {', '.join(learners)}")
+    words += [f"{new} takes the place of {old}" for new, old in members.get("replaces", {}).items()]
+    click.echo(f"committed as {done['commit_id']}; " + "; ".join(words))
 
 
 @cli.command()
@@ -271,7 +335,8 @@ def status(node: str, timeout: float, as_json: bool) -> None:
             for address, member in fact.items():
                 state = "answers" if member["live"] else "not answering"
                 match = "" if member["match"] is None else f", holds the log up to {member['match']}"
-                click.echo(f"{'member':12} {address} (node {member['node'] or 'unknown'}): {state}{match}")
+                role = "" if member["voter"] else ", learner"
+                click.echo(f"{'member':12} {address} (node {member['node'] or 'unknown'}){role}: {state}{match}")
         elif name == "storage":
             sizes = ", ".join(f"{key} {_size(value)}" for key, value in fact.items() if key != "full")
             click.echo(f"{name:12} {sizes}" + ("; FULL: writes are refused" if fact["full"] else ""))

@@ -19,9 +19,9 @@ from raftnode.config import DEFAULT_ADDRESS, DEFAULT_NAMESPACE, Settings, canoni
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, RequestError, Unavailable, error_for
 from raftnode.messages import decode_object, encode_object
 
-_TRY_AGAIN: Final = ("no_leader", "overloaded", "shutting_down")
+_TRY_AGAIN: Final = ("no_leader", "overloaded", "shutting_down", "not_member", "old_copy")
 _PAUSE_S: Final = 0.05
-_WRITES: Final = ("put", "delete")
+_WRITES: Final = ("put", "delete", "add_peer", "remove_peer", "replace_peer", "transfer_leader")
 
 
 class Client:
@@ -66,9 +66,31 @@ class Client:
         return data
 
     def peers(self) -> dict[str, Any]:
-        """`peers` (all members), `leader` (None while there is none) and `live` (who answers the asked node)."""
+        """`peers` (all members), `leader` (None while there is none), `live` (who answers the asked node), and
+        `learners` (those of the members who have no vote yet, if there are any)."""
         answer = self._call({"type": "peers"})
-        return {name: answer[name] for name in ("peers", "leader", "live")}
+        return {name: answer[name] for name in ("peers", "leader", "live", "learners") if name in answer}
+
+    def add_peer(self, address: str, node: str = "") -> dict[str, Any]:
+        """Take the node at `address` as a learner, which becomes a voter by itself; `node` is its id, if that is known.
+        Usually a node asks for that itself (`serve --join`). Returns `commit_id`, `cluster` and `membership` once it is
+        committed. Raises BadRequest, Unavailable (with `code`, for example `change_under_way`), NotCommitted."""
+        return self._change({"type": "add_peer", "address": address, "node": node})
+
+    def remove_peer(self, address: str, *, force: bool = False) -> dict[str, Any]:
+        """Take a member out. With `force` also when too few of the others answer to go on. Returns and raises as
+        `add_peer` does."""
+        return self._change({"type": "remove_peer", "address": address, "force": force})
+
+    def replace_peer(self, old: str, new: str, node: str = "") -> dict[str, Any]:
+        """Take the node at `new` as a learner, and `old` out by itself as soon as the new one votes. Returns and raises
+        as `add_peer` does, when the first step is committed."""
+        return self._change({"type": "replace_peer", "old": old, "new": new, "node": node})
+
+    def transfer_leader(self, to: str = "") -> str:
+        """Let the voter `to` lead, or, without, whichever has most of the log. Returns who leads then. Raises
+        Unavailable: `no_successor` when nobody could take over, `not_transferred` when it did not in time."""
+        return str(self._call({"type": "transfer_leader", "to": to})["leader"])
 
     def status(self) -> dict[str, Any]:
         """What the asked node knows of itself and the cluster."""
@@ -101,6 +123,10 @@ class Client:
             message["client"] = self.name
         answer = self._call(message)
         return {name: answer[name] for name in ("commit_id", "version", "replaced") if name in answer}
+
+    def _change(self, message: dict[str, Any]) -> dict[str, Any]:
+        answer = self._call(message)
+        return {name: answer[name] for name in ("commit_id", "cluster", "membership") if name in answer}
 
     def _call(self, message: dict[str, Any]) -> dict[str, Any]:
         try:

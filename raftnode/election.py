@@ -30,16 +30,17 @@ from typing import Any, Final, TypeVar
 
 from msgspec import UNSET, Struct
 
-from raftnode.config import Role, canonical_address
+from raftnode.config import Role
+from raftnode.consensus.changes import ChangeRefused
 from raftnode.consensus.raft import Raft, Ready, Ticket
-from raftnode.errors import BadRequest, ConfigError, NotCommitted, ProtocolError, StoreDamaged, Unavailable, error_for
+from raftnode.errors import BadRequest, NotCommitted, ProtocolError, StoreDamaged, Unavailable, error_for
 from raftnode.handshake import Handshake
 from raftnode.log import get_logger
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply, Task, drain
+from raftnode.members import MemberChanges
 from raftnode.messages import (
     PEER_TYPES,
     AddPeer,
-    AddPeerAnswer,
     Answer,
     AnyRequest,
     Data,
@@ -60,9 +61,12 @@ from raftnode.messages import (
     PingAnswer,
     Put,
     RemovePeer,
+    ReplacePeer,
     Staged,
     Status,
     StatusAnswer,
+    TimeoutNow,
+    TransferLeader,
     VoteAnswer,
     VoteRequest,
     decode_object,
@@ -135,6 +139,7 @@ class Election:
         self.raft = self._new_raft()
         self.requests = Requests(self.me, self.raft, store, transport, self.settings, self.log)
         self.handshake = Handshake(self.me, self.raft, store, transport, self.log)
+        self.members = MemberChanges(self.me, self.raft, store, self.requests, self.handshake, self.log)
         transport.identify(str(store.cluster_id), store.node_id)
         transport.set_peers(list(self.raft.others))
         transport.attach(self, self.settings)
@@ -150,8 +155,11 @@ class Election:
             Peers: self._on_peers,
             Status: self._on_status,
             Entries: self._on_entries,
-            AddPeer: self._on_add_peer,
-            RemovePeer: self._on_remove_peer,
+            TimeoutNow: self._on_peer_request,
+            AddPeer: self.requests.take,
+            RemovePeer: self.requests.take,
+            ReplacePeer: self.requests.take,
+            TransferLeader: self.requests.take,
         }
         self._turn_lock = threading.Lock()
         self._now = self._started = self.clock()
@@ -161,12 +169,13 @@ class Election:
         self._readers_checked = self._started
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
+        self._memberships = store.journal.memberships
         self._complaint = ""
 
     def _new_raft(self) -> Raft:
         store, now = self.store, self.clock()
         journal, ballot, known = store.journal, store.ballot, store.witnesses
-        return Raft(self.me, journal, ballot, store.commit_id, self.chance, self.settings, now, known)
+        return Raft(self.me, journal, ballot, store.commit_id, self.chance, self.settings, now, known, store.node_id)
 
     # --- one turn ---
 
@@ -183,6 +192,8 @@ class Election:
             self.requests.expire()
             if self._is_timed:
                 self.raft.tick()
+            self.members.step()
+            self._follow_membership()
             ready = self.raft.ready()
 
             self._settle(ready)
@@ -200,6 +211,19 @@ class Election:
             self._finish()
             self.transport.flush()
             return self._next_due()
+
+    def _follow_membership(self) -> None:
+        """Keep links with exactly the members in force, from when a change is appended (rule 8)."""
+        now, before = self.store.journal.memberships, self._memberships
+        if now[-1] is before[-1] and now[0] is before[0]:
+            return
+        self._memberships = now
+        if set(self.transport.peers) != set(self.raft.others):
+            self.transport.set_peers(list(self.raft.others))
+        self.handshake.after_change()
+        if now[-1].id != before[-1].id:
+            facts = {"voters": list(now[-1].voters), "learners": list(now[-1].learners)}
+            self.log.info("members", commit_id=now[-1].commit_id, **facts)
 
     def _set_clock(self, now: float) -> None:
         self._now = now
@@ -242,7 +266,9 @@ class Election:
             if self.raft.applied == self.raft.commit_id:
                 break
         self.handshake.finish()
+        self.members.settle(self._now)
         self.raft.forget_old_entries()
+        self._follow_membership()
         self._note_changes()
         self._clear_dead_readers()
 
@@ -307,8 +333,12 @@ class Election:
         arrival.answer(PingAnswer(node=self.me))
 
     def _on_peers(self, arrival: Arrival) -> None:
-        members = list(self.raft.membership.addresses)
-        arrival.answer(PeersAnswer(peers=members, leader=self.raft.leader, live=self._live()))
+        members = self.raft.membership
+        learners = sorted(members.learners) or UNSET
+        answer = PeersAnswer(
+            peers=list(members.addresses), leader=self.raft.leader, live=self._live(), learners=learners
+        )
+        arrival.answer(answer)
 
     def _live(self) -> list[str]:
         return sorted({self.me, *self.transport.live})
@@ -372,24 +402,6 @@ class Election:
         else:
             arrival.answer(EntriesAnswer(entries=entries, commit_id=self.raft.commit_id))
 
-    def _on_add_peer(self, arrival: Arrival) -> None:
-        message = arrival.message
-        assert isinstance(message, AddPeer)
-        try:
-            address = canonical_address(message.address)
-        except ConfigError as error:
-            arrival.refuse("bad_request", str(error))
-            return
-        if self.raft.membership.node_of(address) is not None:
-            arrival.answer(AddPeerAnswer(data=True))
-        else:
-            arrival.refuse(
-                "unsupported", f"{address} is no member, and this version can't change the membership: {_FIXED}"
-            )
-
-    def _on_remove_peer(self, arrival: Arrival) -> None:
-        arrival.refuse("unsupported", f"this version can't change the membership: {_FIXED}")
-
     # --- other members ---
 
     def _on_peer_request(self, arrival: Arrival) -> None:
@@ -442,22 +454,29 @@ class Election:
     # --- the end ---
 
     def begin_stop(self) -> None:
-        """Take no more requests, and let those under way finish; `is_idle` tells when, at the latest after
-        `stop_grace_ms`."""
-        if not self.requests.is_stopping:
-            self.log.info("stopping", waiting=self.requests.count)
-            self.requests.begin_stop(self.clock())
+        """Take no more requests, let those under way finish, and let another voter lead, so that nobody has to wait for
+        an election timeout; `is_idle` tells when all that is done, at the latest after `stop_grace_ms`."""
+        if self.requests.is_stopping:
+            return
+        self.log.info("stopping", waiting=self.requests.count)
+        self.requests.begin_stop(self.clock())
+        if self.raft.is_leader and not self.raft.is_handing_over:
+            try:
+                self.members.hand_over()
+            except ChangeRefused as refusal:
+                self.log.info("no_successor", why=str(refusal))
 
     @property
     def is_idle(self) -> bool:
-        """True when nobody waits for an answer any more."""
-        return self.requests.count == 0
+        """True when nobody waits for an answer any more, nor for this node to hand over what it leads."""
+        return self.requests.count == 0 and (not self.raft.is_handing_over or self.requests.is_grace_over)
 
     def end(self) -> None:
         """There are no more turns: whoever still waits is told, and so is who comes later."""
         self._has_ended = True
         with self._turn_lock:
             self.requests.end()
+            self.members.end()
             for letter in drain(self.queue):
                 if isinstance(letter, Arrival):
                     letter.refuse("shutting_down", STOPPING)
@@ -597,6 +616,3 @@ def _checked(answer: Answer) -> Answer:
     if answer.error is not UNSET:
         raise error_for(answer.error.code, answer.error.message)
     return answer
-
-
-_FIXED: Final = "it is the set of addresses with which the cluster was first started"

@@ -23,6 +23,8 @@ second never do.
 
 from __future__ import annotations
 
+from typing import Final
+
 
 class RaftnodeError(Exception):
     """The root of the tree."""
@@ -100,11 +102,21 @@ class NodeDamaged(RequestError):
     """The node found a damaged record and says so rather than answer with it."""
 
 
+_USELESS: Final = (
+    *("bad_request", "unknown_type", "too_large", "key_too_long", "unsupported"),
+    *("last_voter", "no_such_member", "not_voter", "wrong_cluster", "wrong_node"),
+)
+_NOT_EXECUTED: Final = (
+    *("no_leader", "overloaded", "storage_full", "shutting_down", "not_member", "old_copy"),
+    *("change_under_way", "no_live_majority", "no_successor", "not_transferred"),
+)
+
+
 def error_for(code: str, message: str) -> RequestError:
     """The typed error for a code of the wire. A code of a newer version counts as an open outcome: the safe reading."""
-    if code in ("bad_request", "unknown_type", "too_large", "key_too_long", "unsupported"):
+    if code in _USELESS:
         return BadRequest(code, message)
-    if code in ("no_leader", "overloaded", "storage_full", "shutting_down"):
+    if code in _NOT_EXECUTED:
         return Unavailable(code, message)
     if code == "damaged":
         return NodeDamaged(code, message)

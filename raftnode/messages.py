@@ -59,6 +59,7 @@ CODES: Final = {
     "change_under_way": "the change of the members before this one is not finished",
     "no_live_majority": "too few of the voters that would be left answer",
     "last_voter": "a cluster has at least one voter",
+    "no_such_member": "no member has this address",
     "not_voter": "a learner can't lead",
     "no_successor": "nobody who could take over answers",
     "not_transferred": "the new leader did not take over in time; the old one goes on",
@@ -66,7 +67,7 @@ CODES: Final = {
     "wrong_cluster": "the other node belongs to another cluster",
     "wrong_node": "the address is known with another node id",
     "wrong_protocol": "the other node speaks another version",
-    "not_member": "the address is not in the membership",
+    "not_member": "the node is not in the membership, or not any more",
     "old_copy": "the node has forgotten what it promised: its data directory is an older copy",
 }
 """Every code that an answer can carry. The words are a published interface."""
@@ -437,6 +438,8 @@ class PeersAnswer(Answer, tag="peers", kw_only=True):
     leader: str | None = None
     live: list[str] = []
     """Members that answer this node now. Says nothing of the membership."""
+    learners: list[str] | UnsetType = UNSET
+    """Those of the members who have no vote, if there are any."""
 
 
 class StatusAnswer(Answer, tag="status", kw_only=True):

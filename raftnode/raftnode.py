@@ -8,6 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from raftnode import joining
 from raftnode.config import DEFAULT_DATA_DIR, DEFAULT_NAMESPACE, canonical_address, from_environment
 from raftnode.election import Election
 from raftnode.errors import ConfigError, error_for
@@ -39,13 +40,15 @@ class RaftNode(Transport):
 
         Keywords: `data_dir` (default "data"), `store_type` ('database', durable, or 'memory', for trials), `listen`
         (`host:port` to listen on where that is not the address to be known by, as behind NAT or in a container), and
-        any field of `config.Settings`, for example `heartbeat_ms=50`.
+        any field of `config.Settings`, for example `heartbeat_ms=50`. `join`: members of a cluster that goes on already
+        (as `peers`); they are asked, here and within `timeout`, to take this node, if its directory is empty.
 
-        Raises ConfigError or a StoreError, each saying what to do.
+        Raises ConfigError or a StoreError, each saying what to do; with `join` a RequestError, when it was not taken.
         """
         store_type = kwargs.pop("store_type", "database")
         data_dir = kwargs.pop("data_dir", DEFAULT_DATA_DIR)
         listen = kwargs.pop("listen", None)
+        join = kwargs.pop("join", None)
         if timeout < 1:
             raise ConfigError(f"timeout is {timeout}: it must be at least 1 second")
         settings = from_environment(**{"request_timeout_ms": timeout * 1000, **kwargs})
@@ -54,8 +57,13 @@ class RaftNode(Transport):
         if listen is not None:
             self.listen = canonical_address(listen)
         self.peers = _others(self.my_ip, peers)
+        helpers = _others(self.my_ip, join or [])
+        if join and not helpers:
+            raise ConfigError(f"join: {self.my_ip} can't join itself; give the address of a member")
         self.store = Store(store_type, Path(data_dir), settings=settings)
         try:
+            if helpers:
+                joining.join(self.store, self, helpers)
             self._warn_of_other_peers()
             self.election = Election(self, self.store, mailbox)
         except BaseException:

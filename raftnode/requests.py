@@ -5,6 +5,8 @@
     either     on another member: passed on, waits for the leader's answer `_forwarded`
     either     while no leader is known or reachable: waits for one        `_parked`
 
+Changes of the members go the same ways; what the leader does with them is in `members`.
+
 Each of these is bounded, has a deadline, and ends with exactly one answer. An answer says "failed" only of what was
 never appended; after a timeout, a lost leadership or a cut connection a write is open: `not_committed` (rule 12).
 """
@@ -12,6 +14,7 @@ never appended; after a timeout, a lost leadership or a cut connection a write i
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import Any, Final
 
 import msgspec
@@ -23,6 +26,8 @@ from raftnode.errors import ProtocolError, StoreDamaged
 from raftnode.mailbox import Arrival
 from raftnode.messages import (
     Answer,
+    ChangeAnswer,
+    ChangeRequest,
     ClientRequest,
     Delete,
     DeleteAnswer,
@@ -34,6 +39,8 @@ from raftnode.messages import (
     PutAnswer,
     PutCommand,
     Refusal,
+    TransferLeader,
+    TransferLeaderAnswer,
     check_value,
     encode_command,
     store_key,
@@ -69,6 +76,10 @@ class Requests:
         self._forwarded: dict[Arrival, str] = {}  # with the leader that it was passed on to
         self._parked: deque[Arrival] = deque()
         self._last_serving: tuple[Any, ...] = ()
+        self.carry_out_change: Callable[[Arrival], None]
+        """What the leader does with a change of the members; `members` sets it."""
+        self.answer_to_change: Callable[[Arrival, int], ChangeAnswer]
+        """The answer to one when the entry with this commit_id has committed."""
         self._is_full = False
 
     @property
@@ -98,7 +109,7 @@ class Requests:
                 self._dispatch(arrival)
 
     def take(self, arrival: Arrival) -> None:
-        """A client's put, delete or get."""
+        """A client's put, delete or get, or a change of the members."""
         arrival.deadline = self._now + self._settings.request_timeout_ms / 1000
         if self._stopping_since is not None:
             arrival.refuse("shutting_down", STOPPING)
@@ -106,6 +117,16 @@ class Requests:
             self._dispatch(arrival)
 
     def _dispatch(self, arrival: Arrival) -> None:
+        message = arrival.message
+        if self._raft.is_outside:
+            arrival.refuse("not_member", f"{self._me} is not a member of the cluster any more; ask another node")
+        elif isinstance(message, ChangeRequest):
+            self._dispatch_change(arrival, message)
+        elif self._is_sound(arrival):
+            self._dispatch_command(arrival)
+
+    def _is_sound(self, arrival: Arrival) -> bool:
+        """Answer a request for what no node could do."""
         message = arrival.message
         assert isinstance(message, Put | Delete | Get)
         try:
@@ -115,13 +136,33 @@ class Requests:
                 arrival.is_checked = True
         except ProtocolError as error:
             arrival.refuse(error.code, str(error))
-            return
+            return False
+        return True
+
+    def _dispatch_command(self, arrival: Arrival) -> None:
+        message = arrival.message
+        assert isinstance(message, Put | Delete | Get)
         if isinstance(message, Get):
             self._read(arrival, message)
         elif not self._raft.is_leader:
             self._pass_on(arrival, message)
+        elif self._raft.is_handing_over:
+            self._park(arrival)
         elif not self._refuses_write(arrival):
             self._propose(arrival, message)
+
+    def _dispatch_change(self, arrival: Arrival, message: ChangeRequest) -> None:
+        if not self._raft.is_leader:
+            self._pass_on(arrival, message)
+        elif not self._raft.may_serve_reads:
+            self._park(arrival)
+        else:
+            self.carry_out_change(arrival)
+
+    def await_commit(self, commit_id: int, arrival: Arrival) -> None:
+        """Answer when this leader's entry has committed."""
+        self._lead_term = self._raft.term
+        self._waiting[commit_id] = arrival
 
     def _refuses_write(self, arrival: Arrival) -> bool:
         """Answer a write that this leader can't take now."""
@@ -154,8 +195,7 @@ class Requests:
             command = PutCommand(namespace=message.namespace, key=message.key, value=message.value, client=client)
         else:
             command = DeleteCommand(namespace=message.namespace, key=message.key, client=client)
-        self._lead_term = self._raft.term
-        self._waiting[self._raft.propose(encode_command(command))] = arrival
+        self.await_commit(self._raft.propose(encode_command(command)), arrival)
 
     def _read(self, arrival: Arrival, message: Get) -> None:
         if message.consistency == "local":
@@ -203,7 +243,8 @@ class Requests:
     @property
     def _serving(self) -> tuple[Any, ...]:
         """What decides who serves a request now."""
-        return self._raft.term, self._raft.leader, self._raft.may_serve_reads, self._can_forward
+        raft = self._raft
+        return raft.term, raft.leader, raft.may_serve_reads, raft.is_handing_over, self._can_forward
 
     # --- what has committed, and the reads that waited for it ---
 
@@ -237,8 +278,10 @@ class Requests:
             arrival.answer(
                 PutAnswer(data=True, commit_id=outcome.commit_id, version=outcome.version, replaced=outcome.replaced)
             )
-        else:
+        elif isinstance(arrival.message, Delete):
             arrival.answer(DeleteAnswer(data=True, commit_id=outcome.commit_id, replaced=outcome.replaced))
+        else:
+            arrival.answer(self.answer_to_change(arrival, entry.commit_id))
 
     def _answer_reads(self, reads: list[Arrival]) -> None:
         """From one snapshot that holds everything applied. Who does not take its answers waits for its turn."""
@@ -307,6 +350,8 @@ class Requests:
             return  # its time was up
         if isinstance(arrival.message, Get):
             self._park(arrival)
+        elif isinstance(arrival.message, TransferLeader) and (leader := self._raft.leader) is not None:
+            arrival.answer(TransferLeaderAnswer(data=True, leader=leader))
         else:
             self._refuse_forwarded(arrival, why)
 
@@ -338,6 +383,12 @@ class Requests:
             self._parked.remove(arrival)
             arrival.refuse("no_leader", "no leader was found in time; not executed")
 
+    @property
+    def is_grace_over(self) -> bool:
+        """A clean stop waits no longer."""
+        since = self._stopping_since
+        return since is not None and self._now - since >= self._settings.stop_grace_ms / 1000
+
     def begin_stop(self, now: float) -> None:
         """Take nothing new; what waits for a leader is refused, what is under way may finish within `stop_grace_ms`."""
         if self._stopping_since is None:
@@ -352,8 +403,7 @@ class Requests:
 
     def _end_grace(self) -> None:
         """Time to finish is over."""
-        since, grace = self._stopping_since, self._settings.stop_grace_ms / 1000
-        if since is not None and self._now - since >= grace:
+        if self.is_grace_over:
             self.end()
 
     def end(self) -> None:

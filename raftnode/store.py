@@ -212,6 +212,13 @@ class Store:
         self.cluster_id, self.witnesses = cluster, {}
         self.write(ballot)
 
+    def adopt(self, address: str, cluster: str, membership: Membership) -> None:
+        """Make an empty store a member of a cluster that goes on already: the membership is the one that took it."""
+        assert self.cluster_id is None, "a store belongs to one cluster"
+        self.journal.found(membership)
+        self.cluster_id, self.address = cluster, address
+        self.write()
+
     def bind(self, address: str, node: str) -> None:
         """Remember the node id of a member that was met for the first time; durable with the next `write`."""
         self.journal.bind(address, node)

@@ -29,7 +29,17 @@ from raftnode.config import Settings, canonical_address, parse_address
 from raftnode.connections import Connection, Link, Wire
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, Unavailable
 from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, MemberEnd, insert
-from raftnode.messages import ClientRequest, Hello, PeerRequest, Reminder, decode_object, encode, encode_object
+from raftnode.messages import (
+    GENESIS,
+    ClientRequest,
+    EntryId,
+    Hello,
+    PeerRequest,
+    Reminder,
+    decode_object,
+    encode,
+    encode_object,
+)
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
@@ -90,6 +100,8 @@ class Transport:
         self.now = time.monotonic
         self.reminder_for: Callable[[str], Reminder | UnsetType] = lambda _peer: UNSET
         """What our hello reminds a member of; the handshake knows."""
+        self.membership_id: Callable[[], EntryId] = lambda: GENESIS
+        """The entry that made this node's membership, for hello; the handshake knows."""
         self._identity: tuple[str, str] | None = None
         self._driver: Driver | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -128,7 +140,7 @@ class Transport:
             raise ConfigError("this transport belongs to no node yet: other members would refuse it")
         cluster, node = self._identity
         reminder = UNSET if peer is None else self.reminder_for(peer)
-        return Hello(cluster=cluster, node=node, address=self.my_ip, reminder=reminder)
+        return Hello(cluster=cluster, node=node, address=self.my_ip, reminder=reminder, membership=self.membership_id())
 
     def set_peers(self, peers: list[str]) -> None:
         """The other members are these; links to them are kept from now on, links to others are ended."""
@@ -541,14 +553,29 @@ class Transport:
         return False
 
     def add_peer(self, message: dict[str, Any]) -> dict[str, Any]:
-        """Take the node at `message["address"]` as a member, as an `add_peer` request does, and return the answer: true
-        when it is a member. Only a committed entry changes the membership, and no entry does so in this version."""
+        """Take the node at `message["address"]` as a member, as an `add_peer` request does, and return the leader's
+        answer: true once that is committed, with the `cluster` and the `membership`. It is a learner first, and becomes
+        a voter by itself. `node`: its node id, if that is known."""
         return self.redirect_to_leader({**message, "type": "add_peer"})
 
     def req_add_peer(self, addr: str) -> bool:
         """Ask the node at `addr` to take this one as a member; True when it is one."""
-        answer = self._exchange(addr, {"type": "add_peer", "address": self.my_ip})
+        cluster, node = self._identity or ("", "")
+        message = {"type": "add_peer", "address": self.my_ip, "node": node, "cluster": cluster}
+        answer = self.ask_as_client(addr, message)
         return answer is not None and answer.get("data") is True
+
+    def ask_as_client(self, addr: str, message: dict[str, Any]) -> dict[str, Any] | None:
+        """One request of a client to the node at `addr`, over a connection of its own, and its answer; None when it
+        could not be had. This node need not be a member."""
+        caller = Caller(addr, self.timeout, self.settings.peer_frame_bytes, lambda: None)
+        try:
+            return caller.exchange(message)
+        except (OSError, ProtocolError) as error:
+            self.log.info("no_answer", extra={"peer": addr, "why": str(error)})
+            return None
+        finally:
+            caller.close()
 
     def _exchange(self, peer: str, message: dict[str, Any]) -> dict[str, Any] | None:
         try:

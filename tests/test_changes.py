@@ -157,8 +157,8 @@ def test_replacing_is_two_changes_of_one_voter_each() -> None:
 @pytest.mark.parametrize(
     ("change", "code"),
     [
-        (remove("x"), "not_member"),
-        (replace("x", "d"), "not_member"),
+        (remove("x"), "no_such_member"),
+        (replace("x", "d"), "no_such_member"),
         (replace("a", "a"), "bad_request"),
     ],
 )
@@ -508,7 +508,7 @@ def test_handing_over_to_a_dead_member_ends_and_the_leader_goes_on() -> None:
     assert network["1"].raft.term == 1
 
 
-@pytest.mark.parametrize(("to", "code"), [("9", "not_member"), ("4", "not_voter"), ("3", "no_successor")])
+@pytest.mark.parametrize(("to", "code"), [("9", "no_such_member"), ("4", "not_voter"), ("3", "no_successor")])
 def test_handing_over_is_refused_with_a_reason(to: str, code: str) -> None:
     """To a stranger, a learner, or a voter that does not answer."""
     network = led_by_1(3, learners=1)

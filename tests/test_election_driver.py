@@ -1185,6 +1185,11 @@ def test_a_clean_stop(bench: Bench) -> None:
     assert not bench.election.is_idle
     bench.acknowledge()
     assert write.only.data is True
+    assert not bench.election.is_idle, "another one is to lead first"
+    bench.acknowledge()
+    candidate = Staged(address=B, term=bench.raft.term, commit_id=bench.raft.commit_id)
+    bench.ask(VoteRequest(term=bench.raft.term + 1, commit_id=0, staged=candidate, transfer=True), B, peer=B)
+    bench.turn()
     assert bench.election.is_idle
 
 

@@ -261,22 +261,24 @@ def test_every_code_has_its_error(code: str) -> None:
 
 def test_codes_by_meaning() -> None:
     """Rule 12: which codes say "useless to repeat", "not executed", "open". What a version does not know counts as
-    open, which is the safe reading; so do a defect of the node and a refusal between members."""
+    open, which is the safe reading; so does a defect of the node."""
     by_kind: dict[type[RequestError], set[str]] = {}
     for code in messages.CODES:
         by_kind.setdefault(type(error_for(code, "")), set()).add(code)
     assert by_kind == {
-        BadRequest: {"bad_request", "unknown_type", "too_large", "key_too_long", "unsupported"},
-        Unavailable: {"no_leader", "overloaded", "storage_full", "shutting_down"},
+        BadRequest: {
+            *("bad_request", "unknown_type", "too_large", "key_too_long", "unsupported"),
+            *("last_voter", "no_such_member", "not_voter", "wrong_cluster", "wrong_node"),
+        },
+        Unavailable: {
+            *("no_leader", "overloaded", "storage_full", "shutting_down", "not_member", "old_copy"),
+            *("change_under_way", "no_live_majority", "no_successor", "not_transferred"),
+        },
         NodeDamaged: {"damaged"},
         NotCommitted: {
             "not_committed",
             "internal",
-            "wrong_cluster",
-            "wrong_node",
             "wrong_protocol",
-            "not_member",
-            "old_copy",
         },
     }
     assert type(error_for("a_word_of_tomorrow", "")) is NotCommitted
@@ -295,6 +297,9 @@ MESSAGES: dict[str, dict[str, Any]] = {
     "delete": {"key": "k"},
     "peers": {},
     "remove_peer": {"address": "127.0.0.1:1"},
+    "replace_peer": {"old": "127.0.0.1:1", "new": "127.0.0.1:2"},
+    "transfer_leader": {},
+    "timeout_now": {"term": 1, "leader": "a:1"},
     "status": {},
     "entries": {"from": 1, "to": 1},
 }

@@ -18,8 +18,8 @@ LAYERS: dict[str, set[str]] = {
     "2 store": {"compaction", "environment", "primary", "store"},
     "2 transport": {"blocking", "connections", "transport"},
     "2 log": {"log"},
-    "3 driver": {"election", "handshake", "requests"},
-    "4 node": {"client", "raftnode"},
+    "3 driver": {"election", "handshake", "members", "requests"},
+    "4 node": {"client", "joining", "raftnode"},
     "5 faces": {
         "__main__",
         "about",

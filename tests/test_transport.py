@@ -350,8 +350,11 @@ def test_redirect_to_leader(start: Callable[..., RaftNode], plain: Callable[...,
     assert transport.redirect_to_leader({"type": "put", "key": "k", "value": [1]})["data"] is True
     assert transport.redirect_to_leader({"type": "get", "key": "k"})["data"]["value"] == [1]
     assert transport.add_peer({"address": node.my_ip})["data"] is True
-    assert transport.add_peer({"address": "127.0.0.1:9"})["error"]["code"] == "unsupported"
-    assert transport.req_add_peer(node.my_ip) is False, "it is no member, and can't become one yet"
+    assert transport.add_peer({"address": "nobody"})["error"]["code"] == "bad_request"
+    answer = transport.add_peer({"address": gone})
+    assert answer["membership"]["learners"] == {gone: ""}
+    assert transport.req_add_peer(node.my_ip) is True
+    assert node.status()["members"][transport.my_ip]["voter"] is False, "it has no vote before it has caught up"
     assert transport.req_add_peer(gone) is False
     with pytest.raises(Unavailable) as refused:
         plain(peers=[gone]).redirect_to_leader({"type": "get", "key": "k"})

@@ -62,7 +62,7 @@ def readmitted(members: Membership, address: str, node: str) -> MembersCommand:
 def removed(members: Membership, address: str) -> MembersCommand:
     """Without a member. Raises ChangeRefused for who is none, and for the last voter."""
     if members.node_of(address) is None:
-        raise ChangeRefused("not_member", f"{address} is no member; there are: {', '.join(members.addresses)}")
+        raise ChangeRefused("no_such_member", f"{address} is no member; there are: {', '.join(members.addresses)}")
     voters = {voter: id for voter, id in members.voters.items() if voter != address}
     learners = {learner: id for learner, id in members.learners.items() if learner != address}
     if not voters:
@@ -79,7 +79,7 @@ def replaced(members: Membership, old: str, new: str, node: str = "") -> Members
     Raises ChangeRefused.
     """
     if members.node_of(old) is None:
-        raise ChangeRefused("not_member", f"{old} is no member; there are: {', '.join(members.addresses)}")
+        raise ChangeRefused("no_such_member", f"{old} is no member; there are: {', '.join(members.addresses)}")
     if new == old:
         raise ChangeRefused(
             "bad_request",

@@ -176,6 +176,11 @@ class Raft:
         return node is not None and (not self.node or node in ("", self.node))
 
     @property
+    def has_promised_nothing(self) -> bool:
+        """It has never voted, and holds no entry: so nobody counts on it."""
+        return self.journal.last.id == GENESIS and self.ballot.voted_for is None
+
+    @property
     def is_handing_over(self) -> bool:
         """This leader takes no commands, as another member is about to lead."""
         return self._handover is not None
@@ -454,7 +459,7 @@ class Raft:
             to = max(voters, key=lambda voter: self.progress[voter].match)
         elif to not in self.membership.voters:
             is_learner = to in self.membership.learners
-            code, why = ("not_voter", "has no vote yet") if is_learner else ("not_member", "is no member")
+            code, why = ("not_voter", "has no vote yet") if is_learner else ("no_such_member", "is no member")
             raise ChangeRefused(code, f"{to} {why}: it can't lead")
         elif to not in heard:
             raise ChangeRefused("no_successor", f"{to} does not answer: it could not take over")

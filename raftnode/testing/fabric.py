@@ -26,6 +26,8 @@ from raftnode.messages import (
     HelloAnswer,
     PeerAnswer,
     PeerRequest,
+    TimeoutNow,
+    TimeoutNowAnswer,
     VoteAnswer,
     VoteRequest,
     decode_answer,
@@ -38,7 +40,7 @@ from raftnode.transport import Transport
 if TYPE_CHECKING:
     from raftnode.testing.simulated import SimulatedNode
 
-CONSENSUS = (VoteRequest, Heartbeat, Data, VoteAnswer, HeartbeatAnswer, DataAnswer)
+CONSENSUS = (VoteRequest, Heartbeat, Data, TimeoutNow, VoteAnswer, HeartbeatAnswer, DataAnswer, TimeoutNowAnswer)
 """Messages that may be lost, doubled or late at any time: Raft asks nothing of its network."""
 LATEST = 20
 """So many times the usual jitter is that of a message that comes late."""
@@ -388,6 +390,8 @@ class SimulatedTransport(Transport):
         self.sessions: list[Session] = []
         self._arrived: list[tuple[Sequence[Letter], bool]] = []
         self._pauses: dict[str, float] = {}
+        self._is_linking = False
+        self._kept: set[str] = set()  # whom this node tries to connect to, or has a link to
         fabric.transports[self.my_ip] = self
 
     # --- in ---
@@ -430,19 +434,36 @@ class SimulatedTransport(Transport):
     def set_peers(self, peers: list[str]) -> None:
         """As `Transport.set_peers`; links are made once the node is up."""
         self.peers = peers
+        if self._is_linking:
+            self._link_to_peers()
 
     def open_links(self) -> None:
         """The node is up: connect to the others, and look after the links from now on."""
-        for peer in self.peers:
-            self._connect(peer)
+        self._is_linking = True
+        self._link_to_peers()
         self.world.after(1.0, self._sweep_links)
+
+    def _link_to_peers(self) -> None:
+        for peer in self.peers:
+            if peer not in self._kept:
+                self._kept.add(peer)
+                self._connect(peer)
+        for link in cast(list[SimulatedLink], list(self.links.values())):
+            if link.peer not in self.peers:
+                link.cut()
 
     def _connect(self, peer: str) -> None:
         """One try to connect; it takes a round trip."""
+        if peer not in self.peers:
+            self._kept.discard(peer)
+            return
 
         def connected() -> None:
             other = self.fabric.transports.get(peer)
             if self.is_dead or peer in self.links:
+                return
+            if peer not in self.peers:
+                self._kept.discard(peer)
                 return
             if other is None or self.node.is_paused or not self.fabric.works(self.my_ip, peer):
                 self._connect_later(peer)

@@ -170,7 +170,9 @@ class Election:
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
         self._memberships = store.journal.memberships
+        self._linked_leader: str | None = None
         self._complaint = ""
+        self._successor: str | None = None
 
     def _new_raft(self) -> Raft:
         store, now = self.store, self.clock()
@@ -213,13 +215,15 @@ class Election:
             return self._next_due()
 
     def _follow_membership(self) -> None:
-        """Keep links with exactly the members in force, from when a change is appended (rule 8)."""
-        now, before = self.store.journal.memberships, self._memberships
-        if now[-1] is before[-1] and now[0] is before[0]:
+        """Keep links with the members, from when a change is appended (rule 8). Who is taken out keeps its link until
+        that is committed, and as long as it leads: it may have to answer what was passed on to it."""
+        leader, now, before = self.raft.leader, self.store.journal.memberships, self._memberships
+        if now[-1] is before[-1] and now[0] is before[0] and leader == self._linked_leader:
             return
-        self._memberships = now
-        if set(self.transport.peers) != set(self.raft.others):
-            self.transport.set_peers(list(self.raft.others))
+        self._memberships, self._linked_leader = now, leader
+        peers = {address for members in now for address in members.addresses} | {leader or self.me}
+        if set(self.transport.peers) != (peers := peers - {self.me}):
+            self.transport.set_peers(sorted(peers))
         self.handshake.after_change()
         if now[-1].id != before[-1].id:
             facts = {"voters": list(now[-1].voters), "learners": list(now[-1].learners)}
@@ -440,6 +444,10 @@ class Election:
         if seen != self._seen:
             self._seen = seen
             self.log.info("role", role=str(seen[0]), term=seen[1], leader=seen[2], commit_id=self.raft.commit_id)
+        if self.raft.successor != self._successor:
+            self._successor = self.raft.successor
+            if self._successor is not None:
+                self.log.info("handing_over", to=self._successor, term=self.raft.term)
         if self.raft.complaint != self._complaint:
             self._complaint = self.raft.complaint
             if self._complaint:
@@ -462,7 +470,7 @@ class Election:
         self.requests.begin_stop(self.clock())
         if self.raft.is_leader and not self.raft.is_handing_over:
             try:
-                self.members.hand_over()
+                self.raft.hand_over()
             except ChangeRefused as refusal:
                 self.log.info("no_successor", why=str(refusal))
 

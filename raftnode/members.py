@@ -126,13 +126,8 @@ class MemberChanges:
         if to == self._me:
             arrival.answer(TransferLeaderAnswer(data=True, leader=self._me))
             return
-        self.hand_over(to)
+        self._raft.hand_over(to)
         self._transfers.append(arrival)
-
-    def hand_over(self, to: str | None = None) -> None:
-        """Let another voter lead. Raises ChangeRefused."""
-        successor = self._raft.hand_over(to)
-        self._log.info("handing_over", to=successor, term=self._raft.term)
 
     def settle(self, now: float) -> None:
         """Answer those who wait for another leader, once there is one or this one goes on."""

@@ -49,6 +49,8 @@ from raftnode.namespaces import Outcome
 from raftnode.store import Finder, Store, found
 from raftnode.transport import Transport
 
+_NOT_LED: Final = ("no_leader", "shutting_down", "not_member")
+"""With these a member sends back what was passed on to it: it was not executed."""
 OPEN: Final = "the outcome is open: the write may have happened, or may happen yet. Read the key before you repeat it"
 STOPPING: Final = "this node is stopping; try another node"
 
@@ -320,17 +322,25 @@ class Requests:
 
     def take_forwarded(self, arrival: Arrival, answer: Answer) -> None:
         """The leader's answer, for the client. What surely was not executed is tried again while there is time."""
-        if self._forwarded.pop(arrival, None) is None:
+        passed_on_to = self._forwarded.pop(arrival, None)
+        if passed_on_to is None:
             return  # its time was up
         if isinstance(arrival.message, Get) and arrival.origin.is_full:
             arrival.origin.defer(arrival)
-        elif answer.error is not UNSET and answer.error.code in ("no_leader", "shutting_down"):
-            self._park(arrival)
+        elif answer.error is not UNSET and answer.error.code in _NOT_LED:
+            self._take_back(arrival, passed_on_to)
         elif isinstance(answer, Refusal):
             assert answer.error is not UNSET
             arrival.refuse("internal", f"the leader did not understand the request: {answer.error.message}")
         else:
             arrival.answer(answer)
+
+    def _take_back(self, arrival: Arrival, passed_on_to: str) -> None:
+        """Who was asked does not lead any more: ask the next leader, when it is known."""
+        if self._raft.leader in (None, passed_on_to):
+            self._park(arrival)
+        else:
+            self._dispatch(arrival)
 
     def cut_off(self, forwarded: list[Arrival]) -> None:
         """The link on which these were passed on has ended."""
@@ -338,9 +348,10 @@ class Requests:
             self._stop_waiting_for_leader(arrival, "the connection to the leader was cut")
 
     def _leave_old_leader(self) -> None:
-        """There is another leader than the one that a request was passed on to: that one may never answer."""
+        """There is another leader than the one that a request was passed on to: that one may never answer, unless it
+        has handed over; then it has answered what it began, and sends back the rest."""
         leader = self._raft.leader
-        if leader is not None:
+        if leader is not None and not self._raft.was_handed_over:
             for arrival in [a for a, passed_on_to in self._forwarded.items() if passed_on_to != leader]:
                 self._stop_waiting_for_leader(arrival, "the leader was replaced")
 

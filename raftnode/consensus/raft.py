@@ -134,6 +134,7 @@ class Raft:
         self._handover: Handover | None = None
         self._catching_up = CatchingUp(self._low)
         self._told_out = False
+        self._handed_over_term = 0  # the newest term for which a leader asked another one to campaign
         self.rearm()
 
     # --- what others may look at ---
@@ -184,6 +185,11 @@ class Raft:
     def is_handing_over(self) -> bool:
         """This leader takes no commands, as another member is about to lead."""
         return self._handover is not None
+
+    @property
+    def was_handed_over(self) -> bool:
+        """The leader of this term was asked to take over by the one before it, which is alive and knows."""
+        return self._handed_over_term == self.term
 
     @property
     def successor(self) -> str | None:
@@ -309,6 +315,8 @@ class Raft:
         self.leader = None
         self._votes = {self.me}
         self._arm_election()
+        if is_transfer:
+            self._handed_over_term = self.term
         self._ask_for_votes(self.term, pre_vote=False, is_transfer=is_transfer)
 
     def _ask_for_votes(self, term: int, pre_vote: bool, is_transfer: bool = False) -> None:
@@ -512,6 +520,8 @@ class Raft:
             self._witness_request(message)
 
     def _on_vote_request(self, ticket: Ticket, message: VoteRequest) -> None:
+        if message.transfer:
+            self._handed_over_term = max(message.term, self._handed_over_term)
         granted = self._grants_pre_vote(message) if message.pre_vote else self._grants_vote(message)
         term = message.term if granted else self.term
         self._out.answers.append((ticket, VoteAnswer(data=granted, term=term, pre_vote=message.pre_vote)))

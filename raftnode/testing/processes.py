@@ -26,6 +26,7 @@ import itertools
 import json
 import os
 import random
+import shutil
 import signal
 import socket
 import subprocess
@@ -174,11 +175,14 @@ class NodeProcess:
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         listen: str | None = None,
+        join: Sequence[str] = (),
     ) -> None:
         """`members`: addresses of the cluster, this one's among them or not. The data goes below `directory`.
         `environment`: settings (HB_TIME, ...). `options`: more of the command line. `listen`: where it listens, when
-        that is not its address. Nothing is started yet."""
+        that is not its address. `join`: it asks these members to be taken, and `members` are not told to it. Nothing is
+        started yet."""
         self.address = address
+        self.join = list(join)
         self.listen = listen or address
         self.members = sorted({address, *members})
         self.name = f"node-{parse_address(address)[1]}"
@@ -205,7 +209,8 @@ class NodeProcess:
     def command(self) -> list[str]:
         """The command line that starts it."""
         peers = ",".join(member for member in self.members if member != self.address)
-        where = ["--ip", self.address, "--peers", peers, "--volume", str(self.volume)]
+        founded_by = ["--join", ",".join(self.join)] if self.join else ["--peers", peers]
+        where = ["--ip", self.address, *founded_by, "--volume", str(self.volume)]
         listen = ["--listen", self.listen] if self.listen != self.address else []
         return [sys.executable, "-m", "raftnode", "serve", *where, *listen, *self.options]
 
@@ -241,6 +246,11 @@ class NodeProcess:
             self._process.kill()
             self._process.wait()
             self.is_paused = False
+
+    def wipe(self) -> None:
+        """kill -9, and its disk is lost."""
+        self.kill()
+        shutil.rmtree(self.volume)
 
     def pause(self) -> None:
         """SIGSTOP: it does nothing any more, and its connections stay."""
@@ -412,6 +422,26 @@ class ClusterOfProcesses:
             for address, listen in zip(self.addresses, listens, strict=True)
         ]
         self._proxy = Proxy(dict(zip(self.addresses, listens, strict=True))) if proxied else None
+        self._given = (environment, options)
+        self._left: list[NodeProcess] = []
+
+    def newcomer(self, *via: NodeProcess) -> NodeProcess:
+        """A node with an empty directory that is going to join, asking these members (default: all). It counts as one
+        of the cluster's from now on; not started yet."""
+        assert self._proxy is None, "a proxy knows its nodes from the beginning"
+        environment, options = self._given
+        address = free_address()
+        asked = [node.address for node in via or self.nodes]
+        node = NodeProcess(address, [], self.directory, environment, options, join=asked)
+        self.nodes.append(node)
+        self.addresses.append(address)
+        return node
+
+    def let_go(self, node: NodeProcess) -> None:
+        """The node is not one of the cluster's any more. Its process goes on, and is ended with the others."""
+        self.nodes.remove(node)
+        self.addresses.remove(node.address)
+        self._left.append(node)
 
     def __getitem__(self, index: int) -> NodeProcess:
         return self.nodes[index]
@@ -490,7 +520,7 @@ class ClusterOfProcesses:
 
     def close(self) -> None:
         """End every process, and remove a temporary directory. May be called again."""
-        self.kill()
+        self.kill([*self.nodes, *self._left])
         if self._proxy is not None:
             self._proxy.close()
         if self._temporary is not None:

@@ -20,7 +20,10 @@ from raftnode.store import Store
 from raftnode.transport import Transport
 
 _PAUSE_S: Final = 0.2
-_LATER: Final = ("no_leader", "overloaded", "shutting_down", "change_under_way", "not_member", "old_copy")
+_LATER: Final = (
+    *("no_leader", "overloaded", "shutting_down", "change_under_way", "not_member", "old_copy"),
+    "wrong_node",  # the node at this address may have died a moment ago, with its disk: it counts as answering yet
+)
 """Another try, or another member, may work."""
 
 
@@ -28,8 +31,8 @@ def join(store: Store, transport: Transport, members: Sequence[str]) -> None:
     """Make the node of an empty `store` a member of the cluster of `members`, which are asked in turn; a node that is a
     member already is left as it is.
 
-    Takes at most `transport.timeout` seconds. Raises Unavailable when nobody took it by then, another RequestError when
-    it was refused, and StoreForeign when the store holds data of another cluster.
+    Takes at most `transport.timeout` seconds. Raises a RequestError when it was refused, or nobody took it by then, and
+    StoreForeign when the store holds data of another cluster.
     """
     if store.cluster_id is not None:
         _check_cluster(store, transport, members)
@@ -56,7 +59,7 @@ def _ask(store: Store, transport: Transport, members: Sequence[str]) -> dict[str
             failures.append(failure)
         if time.monotonic() + _PAUSE_S >= deadline:
             why = "; ".join(str(failure) for failure in failures)
-            raise Unavailable(failures[-1].code, f"no member has taken {transport.my_ip}: {why}")
+            raise error_for(failures[-1].code, f"no member has taken {transport.my_ip}: {why}")
         time.sleep(_PAUSE_S)
 
 

@@ -160,6 +160,10 @@ def test_joining_at_the_address_of_a_member_that_answers_is_refused(three: Clust
         with pytest.raises(BadRequest) as refused:
             client.add_peer(three[0].address, "another")
     assert refused.value.code == "wrong_node"
+    stranger = NodeProcess(three[0].address, [], three[0].volume.parent / "stranger", FAST, ["--timeout", "1"])
+    stranger.listen, stranger.join = free_address(), [three[1].address]
+    assert stranger.start().await_exit() == 2
+    assert "stop the old one" in stranger.log_text()
 
 
 # --- leaving --------------------------------------------------------------------------------------------------------
@@ -383,6 +387,21 @@ def test_wiped_disk_comes_back_by_itself(three: ClusterOfProcesses) -> None:
             writers.await_more(50)
     three.await_caught_up()
     assert_kept(writers, *three)
+
+
+def test_wiped_disk_of_one_that_had_joined_comes_back_at_once() -> None:
+    """The same, of a member that was started with --join: the same command, an instant after its death, while the
+    others still take it for alive. They have to learn that it died; it waits for that."""
+    slow = {"HB_TIME": "50", "LOW_TIMEOUT": "1500", "HIGH_TIMEOUT": "2000"}
+    with ClusterOfProcesses(3, environment=slow) as cluster:
+        cluster.await_leader()
+        newcomer = cluster.newcomer().start()
+        before = newcomer.await_answer()["node"]
+        await_voters(cluster, *cluster)
+        newcomer.wipe()
+        newcomer.start()
+        assert newcomer.await_answer()["node"] != before
+        await_voters(cluster, *cluster)
 
 
 def test_wiped_leader_comes_back_by_itself(three: ClusterOfProcesses) -> None:

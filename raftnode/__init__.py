@@ -6,11 +6,12 @@
     1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
                     messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
                     mailbox (what the queue holds)
-    2  effects      store (with environment: files and LMDB, compaction: where the log begins, primary: a given leader)
-                    | transport (with connections: the loop's two kinds, blocking: for other threads) | log. None of
-                    the three knows another.
+    2  effects      store (with environment: files and LMDB, compaction: where the log begins, states: where a snapshot
+                    comes in, primary: a given leader) | transport (with connections: the loop's two kinds, blocking:
+                    for other threads) | log. None of the three knows another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
-                    the other end of a link), members (changes of the members, asked for and of the leader's own)
+                    the other end of a link), members (changes of the members, asked for and of the leader's own),
+                    snapshots (the state on its way to a member that lacks entries)
     4  node         raftnode (assembles, owns the life of a node), joining (how it becomes a member), client
     5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
                     supervised; comparing: its commands about whole directories, with verification, survey,
@@ -26,6 +27,8 @@
     the membership          the log (Journal.membership); never who answers. Transport.live is only who answers
     who a member is         address and node id together; the ids are bound by the handshake, kept in the membership
     what others promised    consensus.witness; kept in the store, told in the handshake
+    where the log begins    Journal.base: id and checksum of the newest entry that compaction has deleted; on disk
+    what a member lacks     consensus.progress; how far its snapshot has come in: consensus.transfer, on its own disk
     who waits for what      requests.Requests; each arrival gets exactly one answer
     room, format, node id   the store and its directory
 

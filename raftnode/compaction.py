@@ -18,12 +18,10 @@ from collections.abc import Sequence
 import lmdb
 
 from raftnode import records
-from raftnode.config import MIB, Settings
+from raftnode.config import Settings
 from raftnode.consensus.journal import Mark
 from raftnode.errors import StoreDamaged
 from raftnode.messages import Entry
-
-_STEP_BYTES = 1 * MIB
 
 
 class Retention:
@@ -39,7 +37,7 @@ class Retention:
         """Delete the oldest entries, as many as are too many, but not many more than this transaction appends. Returns
         the new base."""
         entries = max(self._settings.compaction_step, 2 * len(appended))
-        size = max(_STEP_BYTES, 2 * sum(entry.size for entry in appended))
+        size = max(self._settings.compaction_bytes, 2 * sum(entry.size for entry in appended))
         if not self._is_too_long(commit_id - base.id.commit_id):
             return base
         with txn.cursor(db) as cursor:

@@ -116,6 +116,17 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     compaction_step: int = 64
     """A transaction deletes at least so many old entries, if there are, or twice what it appends: so the log levels
     off, and no transaction is much longer for it."""
+    compaction_bytes: int = 1 * MIB
+    """The same as a size: of entries, or of what is left of an old state."""
+    sweep_keys: int = 1000
+    """A transaction deletes at most so many values of an old state, after a snapshot has taken its place."""
+    snapshot_chunk_bytes: int = 256 * KIB
+    """A snapshot is sent in chunks of this size, one at a time; up to `batch_bytes` when it does not come to an end."""
+    snapshot_bytes_per_s: int = 32 * MIB
+    """So fast at the most are snapshots sent, all together, so that clients do not notice; twice as fast with each pass
+    over what was written meanwhile."""
+    snapshot_tracked_keys: int = 200_000
+    """Keys written while a snapshot is sent are remembered, to be sent again; past this many it begins anew."""
     reader_check_ms: int = 5000
     """How often slots of dead readers are cleared (LMDB's file grows without end behind one)."""
 

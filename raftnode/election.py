@@ -62,6 +62,8 @@ from raftnode.messages import (
     Put,
     RemovePeer,
     ReplacePeer,
+    Snapshot,
+    SnapshotAnswer,
     Staged,
     Status,
     StatusAnswer,
@@ -74,6 +76,7 @@ from raftnode.messages import (
     to_request,
 )
 from raftnode.requests import OPEN, STOPPING, Requests
+from raftnode.snapshots import Snapshots
 from raftnode.store import Store
 from raftnode.transport import Transport
 from raftnode.version import __version__
@@ -138,6 +141,7 @@ class Election:
         self.log = get_logger("election", node=self.me)
         self.raft = self._new_raft()
         self.requests = Requests(self.me, self.raft, store, transport, self.settings, self.log)
+        self.snapshots = Snapshots(self.raft, store, transport, self.settings, self.log)
         self.handshake = Handshake(self.me, self.raft, store, transport, self.log)
         self.members = MemberChanges(self.me, self.raft, store, self.requests, self.handshake, self.log)
         transport.identify(str(store.cluster_id), store.node_id)
@@ -150,6 +154,7 @@ class Election:
             Heartbeat: self._on_peer_request,
             Data: self._on_data,
             VoteRequest: self._on_peer_request,
+            Snapshot: self._on_snapshot,
             Hello: self.handshake.on_hello,
             Ping: self._on_ping,
             Peers: self._on_peers,
@@ -176,8 +181,9 @@ class Election:
 
     def _new_raft(self) -> Raft:
         store, now = self.store, self.clock()
-        journal, ballot, known = store.journal, store.ballot, store.witnesses
-        return Raft(self.me, journal, ballot, store.commit_id, self.chance, self.settings, now, known, store.node_id)
+        journal, ballot, known, incoming = store.journal, store.ballot, store.witnesses, store.incoming
+        settings, node = self.settings, store.node_id
+        return Raft(self.me, journal, ballot, store.commit_id, self.chance, settings, now, known, node, incoming)
 
     # --- one turn ---
 
@@ -203,9 +209,8 @@ class Election:
                 self._post(ready)
             self.transport.flush()
 
-            if self._must_write(ready):
-                self._write(ready, clock)
-            self.raft.written()
+            has_installed = self._must_write(ready) and self._write(ready, clock)
+            self.raft.written(has_installed)
 
             if ready.ballot is not None:
                 self._post(ready)
@@ -237,22 +242,30 @@ class Election:
         """The log and the ballot never wait for their transaction; effects alone may, for `flush_delay_ms`."""
         if ready.ballot is not None or self.store.journal.has_unwritten or self.handshake.needs_write:
             return True
-        if not self.store.has_effects:
+        if ready.chunk is not None:
+            return True
+        if not self.store.has_effects and not self.store.has_leftover:
             self._effects_since = None
             return False
         if self._effects_since is None:
             self._effects_since = self._now
         return self._now - self._effects_since >= self.settings.flush_delay_ms / 1000
 
-    def _write(self, ready: Ready, clock: Callable[[], float]) -> None:
+    def _write(self, ready: Ready, clock: Callable[[], float]) -> bool:
+        """The transaction; true when it has installed a snapshot."""
         began = clock()
         self._keep_witnesses()
-        self.store.write(ready.ballot)
+        self.store.incoming = self.raft.incoming
+        has_installed = self.store.write(ready.ballot, ready.chunk)
+        if has_installed:
+            assert ready.chunk is not None, "its last chunk"
+            self.snapshots.installed(ready.chunk)
         self._effects_since = None
         took_ms = (clock() - began) * 1000
         if took_ms > self.settings.slow_sync_ms:
             self.log.warning("slow_sync", took_ms=round(took_ms), at=self.store.journal.written)
         self._set_clock(clock())  # a leader whose sync hung for an election timeout steps down here
+        return has_installed
 
     def _keep_witnesses(self) -> None:
         """Now and then, let a transaction that happens anyway take with it what is known of the others' promises."""
@@ -271,6 +284,7 @@ class Election:
                 break
         self.handshake.finish()
         self.members.settle(self._now)
+        self.snapshots.send(self._now)
         self.raft.forget_old_entries()
         self._follow_membership()
         self._note_changes()
@@ -279,8 +293,8 @@ class Election:
     def _next_due(self) -> float:
         if self.requests.want_turn:
             return self._now
-        due = self.raft.deadline()
-        if self._effects_since is not None or self.store.has_effects:
+        due = min(self.raft.deadline(), self.snapshots.due())
+        if self._effects_since is not None or self.store.has_effects or self.store.has_leftover:
             due = min(due, (self._effects_since or self._now) + self.settings.flush_delay_ms / 1000)
         return due
 
@@ -313,6 +327,7 @@ class Election:
             case Cut():
                 self.handshake.on_cut(letter)
                 self.raft.unreachable(letter.peer)
+                self.snapshots.unreachable(letter.peer, self._now)
                 self.raft.suspect(letter.peer)
                 self.requests.cut_off(letter.forwarded)
             case Task():
@@ -326,6 +341,8 @@ class Election:
                 self.handshake.note_refusal(reply.peer, reply.answer.error.code, reply.answer.error.message)
             elif self.raft.is_credible(reply.answer.term):
                 self.raft.take(reply.peer, reply.answer)
+                if isinstance(reply.answer, SnapshotAnswer):
+                    self.snapshots.take(reply.peer, reply.answer, self._now)
             else:
                 self.log.error("strange_answer", peer=reply.peer, term=reply.answer.term)
         else:
@@ -375,6 +392,7 @@ class Election:
             "staged": last.id.commit_id - raft.commit_id,
             "last": {"term": last.id.term, "commit_id": last.id.commit_id, "checksum": f"{last.checksum:08x}"},
             "first": store.journal.first,
+            "snapshots": self.snapshots.status(),
             "members": members,
             "connections": self.transport.connection_count,
             "waiting": self.requests.count,
@@ -422,6 +440,14 @@ class Election:
             self._on_peer_request(arrival)
         elif self._is_trusted(arrival):
             self.raft.refuse_for_space(arrival, message)
+
+    def _on_snapshot(self, arrival: Arrival) -> None:
+        """A chunk of the leader's state."""
+        message = arrival.message
+        assert isinstance(message, Snapshot)
+        if self._is_trusted(arrival):
+            has_room = self.store.room(self._now) >= self.settings.reserve_bytes // 2
+            self.snapshots.receive(arrival, message, has_room, self.handshake.is_first_hand(arrival))
 
     def _is_trusted(self, arrival: Arrival) -> bool:
         """From a member, or from the program that embeds this node; and not asked of one that has forgotten."""

@@ -116,7 +116,7 @@ class Environment:
         assert self._env is not None
         if not _is_blank(self._env):
             check_ours(self.path, self._env)
-            return {name: self._env.open_db(name, create=False) for name in records.DATABASES}
+            return open_databases(self._env, may_create=first_facts is not None)
         if self.held_node:
             raise self._lost_data("is blank")
         if first_facts is None:
@@ -294,6 +294,16 @@ def open_reader(data_dir: Path, map_bytes: int) -> lmdb.Environment:
         env.close()
         raise
     return env
+
+
+def open_databases(env: lmdb.Environment, may_create: bool) -> dict[bytes, lmdb._Database]:
+    """The databases of a node. Directories of format 1 have no second state: it is made, or left out."""
+    found = {name: env.open_db(name, create=False) for name in records.DATABASES if name != records.SECOND}
+    try:
+        found[records.SECOND] = env.open_db(records.SECOND, create=may_create)
+    except (lmdb.NotFoundError, lmdb.ReadonlyError):
+        assert not may_create, "a writer may make it"
+    return found
 
 
 def _is_blank(env: lmdb.Environment) -> bool:

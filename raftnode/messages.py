@@ -7,7 +7,7 @@ ignored, so that newer clients can speak to older nodes.
 Three families:
 
 * requests of clients: `put get delete peers status ping entries add_peer remove_peer`;
-* requests of members to each other: `hello` first, then `vote_request heartbeat data`;
+* requests of members to each other: `hello` first, then `vote_request heartbeat data snapshot`;
 * answers, which carry the `type` of their request. A failure has `"data": false` (null for a read) and an
   `error` with one of `CODES`.
 
@@ -370,15 +370,58 @@ class TimeoutNow(Request, tag="timeout_now", kw_only=True):
     leader: Name
 
 
-PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data | TimeoutNow
+class SnapshotRecord(Struct, array_like=True, frozen=True):
+    """A committed value, as the sender has it stored."""
+
+    namespace: str
+    key: str
+    created: Count
+    modified: Count
+    version: Count
+    lease: Count
+    checksum: Crc
+    """Of the record on disk: over the key, the numbers and the value."""
+    value: Raw
+
+
+class SnapshotEnd(Struct, kw_only=True):
+    """Of the last chunk: what the state is with it."""
+
+    id: EntryId
+    """The state is that of exactly this committed entry."""
+    checksum: Crc
+    """The rolling checksum of that entry: the log goes on from there."""
+    keys: Count
+    """How many values there are."""
+    membership: Raw
+    """The newest committed one as of that entry, as JSON."""
+
+
+class Snapshot(Request, tag="snapshot", kw_only=True):
+    """One chunk of the whole state, for a member that lacks entries which the leader no longer has (thesis 5.3)."""
+
+    name: ClassVar[str] = "snapshot"
+    term: Count
+    leader: Name
+    transfer: Count
+    """Numbers the leader's transfers in this term: a newer one takes the place of an older."""
+    seq: Count
+    """Numbers the chunks from 1; each is sent when the one before was taken."""
+    records: list[SnapshotRecord] = []
+    gone: list[tuple[str, str]] = []
+    """(namespace, key) of values that were sent before and are no more."""
+    end: SnapshotEnd | UnsetType = UNSET
+
+
+PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data | TimeoutNow | Snapshot
 AnyRequest: TypeAlias = (
     Put | Get | Delete | Peers | Status | Ping | Entries | ChangeRequest | Hello | VoteRequest | Heartbeat | Data
-    | TimeoutNow
+    | TimeoutNow | Snapshot
 )  # fmt: skip
 REQUEST_TYPES: Final = tuple(
     t.name for t in (Put, Get, Delete, Peers, Status, Ping, Entries, AddPeer, RemovePeer, ReplacePeer, TransferLeader)
 )
-PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data, TimeoutNow))
+PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data, TimeoutNow, Snapshot))
 
 
 # --- answers --------------------------------------------------------------------------------------------------
@@ -549,17 +592,34 @@ class TimeoutNowAnswer(Answer, tag="timeout_now", kw_only=True):
     term: Count
 
 
+SnapshotReason: TypeAlias = Literal["", "stale_term", "two_leaders", "restart", "busy", "storage_full", "checksum"]
+
+
+class SnapshotAnswer(Answer, tag="snapshot", kw_only=True):
+    """True: this chunk, and all before it, are on disk. False: see `reason`."""
+
+    data: bool
+    term: Count
+    transfer: Count = 0
+    """Of the chunk that is answered."""
+    seq: Count = 0
+    """Of the chunk that is answered, too."""
+    match: Count = 0
+    """Not 0: the state is installed, or was not needed; the log goes on from this entry, durably."""
+    reason: SnapshotReason = ""
+
+
 class Refusal(Answer, tag="error", kw_only=True):
     """The answer to a message whose type could not be made out."""
 
     data: bool = False
 
 
-PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer | TimeoutNowAnswer
+PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer | TimeoutNowAnswer | SnapshotAnswer
 AnyAnswer: TypeAlias = (
     PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | EntriesAnswer | AddPeerAnswer
     | RemovePeerAnswer | ReplacePeerAnswer | TransferLeaderAnswer | HelloAnswer | VoteAnswer | HeartbeatAnswer
-    | DataAnswer | TimeoutNowAnswer | Refusal
+    | DataAnswer | TimeoutNowAnswer | SnapshotAnswer | Refusal
 )  # fmt: skip
 
 
@@ -600,6 +660,8 @@ def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
             return HeartbeatAnswer(data=False, term=0, commit_id=0, error=error, id=id)
         case "data":
             return DataAnswer(data=False, term=0, error=error, id=id)
+        case "snapshot":
+            return SnapshotAnswer(data=False, term=0, error=error, id=id)
         case _:
             return Refusal(error=error, id=id)
 

@@ -34,13 +34,19 @@ class Namespaces:
         self.changes: dict[bytes, Record | None] = {}
         """By store key: the value to write, or None to delete it. What applies them to the disk clears them."""
 
-    def apply(self, entry: Entry, on_disk: Callable[[bytes], Record | None]) -> Outcome:
-        """Carry out one committed entry."""
+    def apply(
+        self,
+        entry: Entry,
+        on_disk: Callable[[bytes], Record | None],
+        changed: Callable[[bytes], object] = lambda _key: None,
+    ) -> Outcome:
+        """Carry out one committed entry; `changed` is told the store key of the value that it has changed."""
         match decode_command(entry.command):
             case PutCommand(namespace=namespace, key=key, value=value):
                 full = store_key(namespace, key)
                 before = self.find(full, on_disk)
                 created, version = (entry.commit_id, 1) if before is None else (before.created, before.version + 1)
+                changed(full)
                 self.changes[full] = Record(created, entry.commit_id, version, 0, value)
                 return Outcome(entry.commit_id, version, None if before is None else before.modified)
             case DeleteCommand(namespace=namespace, key=key):
@@ -48,6 +54,7 @@ class Namespaces:
                 before = self.find(full, on_disk)
                 if before is None:
                     return Outcome(entry.commit_id)
+                changed(full)
                 self.changes[full] = None
                 return Outcome(entry.commit_id, replaced=before.modified)
             case _:

@@ -5,6 +5,8 @@ All numbers are big-endian, so that LMDB's order of keys is the order of positio
     database     key                       value
     log          commit_id u64             format u8, term u64, leader's time ms u64, checksum u32, command JSON
     committed    namespace 00 key (UTF-8)  checksum u32, created u64, modified u64, version u64, lease u64, value JSON
+    committed-2  as committed: one of the two is the state, the fact `state` says which; the other is empty, or on its
+                 way in or out (see `states`)
     meta         name                      checksum u32, JSON
 
 The checksum of a log record is the rolling one of `messages.chain`: it needs the checksum of the entry before to be
@@ -24,8 +26,9 @@ from msgspec import Raw, Struct
 from raftnode.errors import StoreDamaged
 from raftnode.messages import Entry
 
-FORMAT: Final = 1
-"""Format of the whole directory, in `meta`; raised when an older version could misread a newer directory."""
+FORMAT: Final = 2
+"""Format of the whole directory, in `meta`; raised when an older version could misread a newer directory.
+1: one state database, called `committed`. 2: two, and the fact `state`."""
 
 DATA_FILE: Final = "raftnode.mdb"
 LOCK_FILE: Final = "raftnode.lock"
@@ -34,8 +37,11 @@ COPY_FILE: Final = "raftnode.mdb-new"
 
 LOG: Final = b"log"
 COMMITTED: Final = b"committed"
+SECOND: Final = b"committed-2"
+STATES: Final = (COMMITTED, SECOND)
 META: Final = b"meta"
-DATABASES: Final = (LOG, COMMITTED, META)
+DATABASES: Final = (LOG, COMMITTED, META, SECOND)
+STATE_FACT: Final = b"state"
 
 _position = struct.Struct(">Q")
 _log_header = struct.Struct(">BQQI")
@@ -101,6 +107,14 @@ def unpack_record(key: bytes, stored: bytes) -> Record:
         raise StoreDamaged(f"the value of key {shown} does not match its checksum")
     created, modified, version, lease = _value_header.unpack_from(stored, _checksum.size)
     return Record(created, modified, version, lease, Raw(stored[_checksum.size + _value_header.size :]))
+
+
+def state_named(stored: bytes | None) -> bytes:
+    """Which database is the state, by the fact of that name; in format 1 there was none. Raises StoreDamaged."""
+    name: bytes = COMMITTED if stored is None else unpack_meta(STATE_FACT, stored, str).encode()
+    if name not in STATES:
+        raise StoreDamaged(f"the record 'state' of the node names {name.decode()!r}, which does not exist")
+    return name
 
 
 def pack_meta(name: bytes, fact: object) -> bytes:

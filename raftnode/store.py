@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any, Final, TypeAlias
 
 import lmdb
+import msgspec
+from msgspec import UNSET
 
 from raftnode import primary, records
 from raftnode.compaction import Retention
@@ -34,6 +36,7 @@ from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Journal, Mark
 from raftnode.consensus.membership import Membership, cluster_id
+from raftnode.consensus.transfer import Incoming
 from raftnode.consensus.witness import Witness
 from raftnode.environment import RESTORE, Environment, MemoryDirectory
 from raftnode.errors import ConfigError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
@@ -44,6 +47,7 @@ from raftnode.messages import (
     Found,
     Get,
     MembersCommand,
+    Snapshot,
     chain,
     decode_object,
     encode,
@@ -53,6 +57,7 @@ from raftnode.messages import (
 )
 from raftnode.namespaces import Namespaces, Outcome
 from raftnode.primary import PrimaryTransport
+from raftnode.states import States
 
 Finder: TypeAlias = Callable[[bytes], records.Record | None]
 STORE_TYPES: Final = ("memory", "database")
@@ -102,6 +107,10 @@ class Store:
         self.namespaces = Namespaces()
         self.syncs = 0
         """Transactions written since the start."""
+        self.trackers: list[Callable[[bytes], object]] = []
+        """Called with the store key of each value that `apply` changes: for what a snapshot has to send again."""
+        self.has_leftover = False
+        """True while an old state, or what came of a snapshot that was given up, is not deleted yet."""
         self._on_disk: dict[bytes, object] = {}
         self._room = (float("inf"), 0)
         self._written_bytes = 0
@@ -146,7 +155,19 @@ class Store:
         self.ballot: Ballot = self._fact(txn, b"ballot", Ballot) or Ballot()
         self.commit_id: int = self._fact(txn, b"commit_id", int) or 0
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
+        self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
+        self.states = States(self._env, self.settings, self._current_state(txn))
+        self.has_leftover = self._has_leftover(txn)
         self.witnesses: dict[str, Witness] = self._fact(txn, b"witnesses", dict[str, Witness]) or {}
+
+    def _current_state(self, txn: lmdb.Transaction) -> bytes:
+        stored = txn.get(records.STATE_FACT, db=self._env.db(records.META))
+        if stored is not None:
+            self._fact(txn, records.STATE_FACT, str)
+        return records.state_named(None if stored is None else bytes(stored))
+
+    def _has_leftover(self, txn: lmdb.Transaction) -> bool:
+        return (self.incoming is None or self.incoming.is_over) and self.states.has_leftover(txn)
 
     def _check_log(self, txn: lmdb.Transaction) -> tuple[Mark, Mark]:
         """The ends of the log, after a look at its tail. The middle is checked when it is read."""
@@ -289,10 +310,20 @@ class Store:
             return []
         assert entries[0].commit_id == self.commit_id + 1, f"{entries[0].commit_id} can't follow {self.commit_id}"
         with self._env.read() as txn:
-            outcomes = [self.namespaces.apply(entry, self._finder(txn)) for entry in entries]
+            outcomes = [self.namespaces.apply(entry, self._finder(txn), self._changed) for entry in entries]
         self.commit_id = entries[-1].commit_id
         self._retention.size += sum(entry.size for entry in entries)
         return outcomes
+
+    def _changed(self, key: bytes) -> None:
+        for track in self.trackers:
+            track(key)
+
+    @contextlib.contextmanager
+    def view(self) -> Iterator[lmdb.Transaction]:
+        """One consistent view of the disk, for `States`; `namespaces.changes` lie over it."""
+        with self._env.read() as txn:
+            yield txn
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Finder]:
@@ -302,7 +333,7 @@ class Store:
             yield lambda key: self.namespaces.find(key, on_disk)
 
     def _finder(self, txn: lmdb.Transaction) -> Finder:
-        db, get, unpack = self._env.db(records.COMMITTED), txn.get, records.unpack_record
+        db, get, unpack = self.states.db, txn.get, records.unpack_record
 
         def on_disk(key: bytes) -> records.Record | None:
             try:
@@ -338,10 +369,12 @@ class Store:
         assert isinstance(found, int), "commit_id is a number"
         return found
 
-    def write(self, ballot: Ballot | None = None) -> None:
+    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
 
-        Raises StoreFailed; the node must stop then.
+        With a `chunk` of a snapshot, that goes in too, and with the last one the snapshot is installed, if it has as
+        many keys as it should: then it is true that is returned, and log, state, commit_id and membership are those of
+        the snapshot, on disk and in memory. Raises StoreFailed; the node must stop then.
         """
         if ballot is not None:
             self.ballot = ballot
@@ -352,11 +385,14 @@ class Store:
             self._append(txn, unwritten.entries)
             self._put_effects(txn)
             self._compact(txn, unwritten.entries)
+            has_installed = chunk is not None and self._take_chunk(txn, chunk)
+            self.has_leftover = self._has_leftover(txn) and self.states.sweep(txn)
             facts = self._put_facts(txn)
         self.syncs += 1
         self._on_disk |= facts
         self.namespaces.changes.clear()
         self.journal.mark_written()
+        return has_installed
 
     def _append(self, txn: lmdb.Transaction, entries: Sequence[Entry]) -> None:
         db = self._env.db(records.LOG)
@@ -382,8 +418,22 @@ class Store:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
             self.journal.begin_after(found)
 
+    def _take_chunk(self, txn: lmdb.Transaction, chunk: Snapshot) -> bool:
+        """Put a chunk away; with the last one, install the snapshot: true if that was done."""
+        self.states.take(txn, chunk)
+        self._written_bytes += sum(len(memoryview(record.value)) for record in chunk.records)
+        end = chunk.end
+        if end is UNSET or not self.states.install(txn, end.keys):
+            return False
+        assert end.id.commit_id > self.commit_id, "what is committed here is never replaced by something older"
+        txn.drop(self._env.db(records.LOG), delete=False)
+        self.journal.begin_anew(Mark(end.id, end.checksum), msgspec.json.decode(end.membership, type=Membership))
+        self.commit_id = end.id.commit_id
+        self._retention.size = 0
+        return True
+
     def _put_effects(self, txn: lmdb.Transaction) -> None:
-        db = self._env.db(records.COMMITTED)
+        db = self.states.db
         for key, record in self.namespaces.changes.items():
             if record is None:
                 txn.delete(key, db=db)
@@ -404,6 +454,8 @@ class Store:
             b"base": self.journal.base,
             b"kept_bytes": self._retention.size,
             b"memberships": self.journal.memberships,
+            records.STATE_FACT: self.states.current.decode(),
+            b"incoming": self.incoming,
             b"witnesses": self.witnesses,
         }
         changed = {name: fact for name, fact in now.items() if self._on_disk.get(name) != fact}

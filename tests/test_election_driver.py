@@ -58,6 +58,7 @@ from raftnode.messages import (
     Put,
     PutAnswer,
     PutCommand,
+    Snapshot,
     Staged,
     VoteAnswer,
     VoteRequest,
@@ -171,12 +172,13 @@ class Bench:
         self._write = self.store.write
         self.store.write = self._noted_write  # type: ignore[method-assign]
 
-    def _noted_write(self, ballot: Ballot | None = None) -> None:
+    def _noted_write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
         self.events.append(WRITE)
         self.in_write()
-        self._write(ballot)
+        has_installed = self._write(ballot, chunk)
         self.on_disk = (self.store.ballot, self.store.journal.written)
         self.events.append(WRITTEN)
+        return has_installed
 
     def check(self, arrival: Arrival | None, message: Any) -> None:
         """Whatever goes out promises nothing that is not so (rules 1 and 2 of TRAPS)."""
@@ -352,10 +354,10 @@ def test_decide_vote_waits_for_the_disk(tmp_path: Path) -> None:
     node = live(OTHERS, data_dir=tmp_path, election_low_ms=20_000, election_high_ms=20_000)
     write, reached, go_on = node.store.write, threading.Event(), threading.Event()
 
-    def held(ballot: Ballot | None = None) -> None:
+    def held(ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
         reached.set()
         assert go_on.wait(PATIENCE)
-        write(ballot)
+        return write(ballot, chunk)
 
     node.store.write = held  # type: ignore[method-assign]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -771,10 +773,10 @@ def test_a_failed_write_ends_the_node(tmp_path: Path) -> None:
     node.put("k", 1)
     write = node.store.write
 
-    def fail(ballot: Ballot | None = None) -> None:
+    def fail(ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
         if node.store.journal.has_unwritten:
             raise StoreFailed("the disk is gone")
-        write(ballot)
+        return write(ballot, chunk)
 
     node.store.write = fail  # type: ignore[method-assign]
     with pytest.raises(NotCommitted):

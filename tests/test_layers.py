@@ -15,10 +15,10 @@ PACKAGE = Path(raftnode.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "0 facts": {"config", "errors", "messages", "version"},
     "1 pure": {"consensus", "framing", "mailbox", "namespaces", "records", "replay"},
-    "2 store": {"compaction", "environment", "primary", "store"},
+    "2 store": {"compaction", "environment", "primary", "states", "store"},
     "2 transport": {"blocking", "connections", "transport"},
     "2 log": {"log"},
-    "3 driver": {"election", "handshake", "members", "requests"},
+    "3 driver": {"election", "handshake", "members", "requests", "snapshots"},
     "4 node": {"client", "joining", "raftnode"},
     "5 faces": {
         "__main__",

@@ -5,6 +5,7 @@
     progress    what a leader knows of one other member, and what to send it next
     membership  who the members are, and what a majority of them has reached
     reads       rounds in which a leader confirms that it still leads, shared by the reads that wait
+    transfer    how far a snapshot has come in, and which chunk comes next
     witness     what each member remembers of the promises of the others, so that an old copy of a directory is noticed
     raft        the state machine that joins them
 
@@ -43,7 +44,11 @@ and answers, in that order.
 * Entries carry a rolling checksum; a follower refuses entries that do not continue its own history.
 * A node that finds that it was stopped for an election timeout starts its timers anew, and steps down if it led.
 
-Not yet here: changing the membership (chapter 4; the journal already takes it from the log), snapshots (chapter 5; the
-journal already knows where the kept log begins), sessions (6.3; commands have a kind, so an outcome can be kept).
+* A snapshot (chapter 5) is no file that is kept: it is the state itself, read in chunks while it changes; what changed
+  is sent again, until one last chunk makes it the state as of one commit_id (`raftnode.snapshots`). It is sent where a
+  member lacks the entry before the leader's log, and installed where its log does not hold the snapshot's last entry.
+
+Not yet here: changing the membership (chapter 4; the journal already takes it from the log), sessions (6.3; commands
+have a kind, so an outcome can be kept).
 Known limit: with one-way or partial partitions that chain, Raft can go without a leader (TRAPS 17).
 """

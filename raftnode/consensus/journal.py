@@ -234,6 +234,23 @@ class Journal:
             self._kept_bytes -= 0 if entry is None else entry.size
             self._kept_first += 1
 
+    def begin_anew(self, base: Mark, membership: Membership) -> None:
+        """A snapshot as of `base` was installed: the log is empty, and goes on from there. Node ids that this member
+        has learned stay known."""
+        for address in membership.addresses:
+            known = self.membership.node_of(address)
+            if known and membership.node_of(address) == "":
+                membership = membership.bind(address, known)
+        self.base = self.last = base
+        self.written = base.id.commit_id
+        self._memberships = [membership]
+        self._kept.clear()
+        self._kept_first, self._kept_bytes, self._cut_from = base.id.commit_id + 1, 0, None
+
+    def committed_membership(self, commit_id: int) -> Membership:
+        """The newest membership that was committed when `commit_id` was."""
+        return [m for m in self._memberships if m.commit_id <= commit_id][-1]
+
     def mark_written(self) -> None:
         """That transaction is on disk."""
         self.written = self.last.id.commit_id

@@ -85,6 +85,11 @@ class Progress:
         self.next = match + 1
         self.acknowledged(match)
 
+    def found(self, commit_id: int) -> None:
+        """The member has committed so far: it holds the base again."""
+        self.needs_snapshot = False
+        self._probe_from(max(self.match, commit_id) + 1)
+
     def lost(self) -> None:
         """What is under way may never be answered: find out again where the member stands."""
         self._probe_from(self._first_unanswered)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from msgspec import Raw
+from msgspec import UNSET, Raw
 
 from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
@@ -23,6 +23,7 @@ from raftnode.consensus.journal import Gap, HistoryDiffers, Journal
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.progress import Progress
 from raftnode.consensus.reads import ReadRounds
+from raftnode.consensus.transfer import Incoming
 from raftnode.consensus.witness import Witness, Witnesses
 from raftnode.errors import ProtocolError
 from raftnode.messages import (
@@ -38,6 +39,9 @@ from raftnode.messages import (
     PeerAnswer,
     PeerRequest,
     Reason,
+    Snapshot,
+    SnapshotAnswer,
+    SnapshotReason,
     Staged,
     TimeoutNow,
     TimeoutNowAnswer,
@@ -59,7 +63,7 @@ class Ready:
 
     1. apply `committed`, which a majority holds durably, and answer `reads`;
     2. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
-    3. one transaction: `ballot`, the cut and the entries of the journal, the effects;
+    3. one transaction: `ballot`, the cut and the entries of the journal, the effects, `chunk`;
     4. send what step 2 held back, then `promises`: they say that something is on disk.
     """
 
@@ -71,6 +75,8 @@ class Ready:
     promises: list[tuple[Ticket, PeerAnswer]] = field(default_factory=list)
     reads: list[object] = field(default_factory=list)
     """Tokens of reads that may be answered once `committed` is applied."""
+    chunk: Snapshot | None = None
+    """A chunk of a snapshot to be put on disk, and, with the last one, the snapshot to be installed: see `written`."""
     dropped_reads: list[object] = field(default_factory=list)
     """Tokens of reads whose leader has stepped down."""
 
@@ -93,10 +99,12 @@ class Raft:
         now: float,
         witnesses: Mapping[str, Witness] | None = None,
         node: str = "",
+        incoming: Incoming | None = None,
     ) -> None:
         """`commit_id` is what the store has applied; `now` is when this member starts (seconds, monotonic).
         `witnesses` is what this member remembered before of the others, and of itself when it had forgotten. `node` is
-        this node's id: under another one, its address is another member's."""
+        this node's id: under another one, its address is another member's. `incoming` is how far a snapshot had come
+        in."""
         self.me = me
         self.node = node
         self.journal = journal
@@ -114,6 +122,9 @@ class Raft:
         self.witnesses = Witnesses(witnesses or {}, lambda member: self.membership.node_of(member))
         self.has_forgotten = not self.witnesses.of(me).is_kept(ballot, journal)
         """This member's disk lacks what it has promised (`witness`): it takes part in nothing, for good."""
+        self.incoming = incoming or Incoming()
+        """The newest snapshot that was on its way to this member; on disk with each chunk."""
+        self._chunk: tuple[Ticket, Snapshot] | None = None  # taken in this turn, and not on disk yet
         self._chance = chance
         self._settings = settings
         self._low = settings.election_low_ms / 1000
@@ -516,6 +527,8 @@ class Raft:
                 self._on_vote_request(ticket, message)
             case TimeoutNow():
                 self._on_timeout_now(ticket, message)
+            case Snapshot():
+                self._on_snapshot(ticket, message)
         if first_hand:
             self._witness_request(message)
 
@@ -603,6 +616,7 @@ class Raft:
             self._refuse(ticket, message, "unknown_command")
             return
         self.complaint = ""
+        self.incoming = self.incoming.over()  # this log does without a snapshot
         self._matched = max(self._matched, match)
         self._commit_to(min(message.commit_id, match))
         answer = DataAnswer(data=True, term=self.term, commit_id=self.commit_id, match=match)
@@ -635,6 +649,65 @@ class Raft:
             reason=reason,
         )
         self._out.answers.append((ticket, answer))
+
+    def _on_snapshot(self, ticket: Ticket, message: Snapshot) -> None:
+        """A chunk of the leader's state (thesis 5.3), for the next transaction. What is held already is not installed:
+        an entry that the leader calls committed is so here too."""
+        if not self._follow(message.term, message.leader):
+            self._refuse_snapshot(ticket, message, "stale_term" if message.term < self.term else "two_leaders")
+        elif self._does_without(message):
+            self._promise_end(ticket, message)
+        elif self._chunk is not None:
+            self._refuse_snapshot(ticket, message, "busy")
+        else:
+            verdict = self.incoming.judge(message.term, message.transfer, message.seq)
+            if verdict == "restart":
+                self._refuse_snapshot(ticket, message, "restart")
+            elif verdict == "again":
+                self._out.promises.append((ticket, self._taken(message)))
+            else:
+                self._chunk = ticket, message
+                is_over = message.end is not UNSET
+                self.incoming = Incoming(message.term, message.transfer, message.seq, is_over)
+
+    def _does_without(self, message: Snapshot) -> bool:
+        """True for the last chunk of a state that this log has reached by itself."""
+        if message.end is UNSET:
+            return False
+        return message.end.id.commit_id <= self.commit_id or self.journal.holds(message.end.id)
+
+    def _promise_end(self, ticket: Ticket, message: Snapshot) -> None:
+        assert message.end is not UNSET, "it was looked at"
+        match = message.end.id.commit_id
+        if (self.leader, self.term) == (message.leader, message.term):
+            self._matched = max(self._matched, match)
+        self._commit_to(match)
+        self._out.promises.append((ticket, self._taken(message, match)))
+
+    def _taken(self, message: Snapshot, match: int = 0) -> SnapshotAnswer:
+        return SnapshotAnswer(data=True, term=self.term, transfer=message.transfer, seq=message.seq, match=match)
+
+    def refuse_snapshot(self, ticket: Ticket, message: Snapshot, reason: SnapshotReason) -> None:
+        """The driver has no room for this chunk, or found it damaged: the leader is heard, the chunk is not taken."""
+        self._refuse_snapshot(ticket, message, reason if self._follow(message.term, message.leader) else "stale_term")
+
+    def _refuse_snapshot(self, ticket: Ticket, message: Snapshot, reason: SnapshotReason) -> None:
+        answer = SnapshotAnswer(data=False, term=self.term, transfer=message.transfer, seq=message.seq, reason=reason)
+        self._out.answers.append((ticket, answer))
+
+    def _chunk_written(self, has_installed: bool) -> None:
+        """The chunk of this turn is on disk, and with the last one the state is installed, if it was complete."""
+        assert self._chunk is not None, "there was one"
+        (ticket, message), self._chunk = self._chunk, None
+        if message.end is UNSET:
+            self._out.answers.append((ticket, self._taken(message)))
+        elif not has_installed:
+            self.complaint = f"the snapshot of {message.leader} does not have as many keys as it should"
+            self._refuse_snapshot(ticket, message, "restart")
+        else:
+            match = self.commit_id = self.applied = message.end.id.commit_id
+            self._matched = match if (self.leader, self.term) == (message.leader, message.term) else 0
+            self._out.answers.append((ticket, self._taken(message, match)))
 
     def _follow(self, term: int, leader: str) -> bool:
         """True when the message comes from the leader of this node's term, after a term change if need be."""
@@ -675,6 +748,8 @@ class Raft:
                 self._on_heartbeat_answer(peer, answer)
             case DataAnswer() if self.is_leader and answer.term == self.term:
                 self._on_data_answer(peer, answer)
+            case SnapshotAnswer() if self.is_leader and answer.term == self.term:
+                self._on_snapshot_answer(peer, answer)
 
     def _on_vote(self, peer: str, answer: VoteAnswer) -> None:
         wanted = Role.PRE_CANDIDATE if answer.pre_vote else Role.CANDIDATE
@@ -691,6 +766,8 @@ class Raft:
         progress.round = max(progress.round, min(answer.round, self.reads.number))
         if not progress.unanswered and answer.commit_id < min(progress.told, progress.match):
             progress.lost()  # it was restarted and does not know any more that it matches
+        if progress.needs_snapshot and answer.commit_id >= self.journal.base.id.commit_id:
+            progress.found(answer.commit_id)  # it has installed one, and the answer was lost
         rounds = {voter: other.round for voter, other in self.progress.items()}
         self._finish_reads(self.membership.agreed({**rounds, self.me: self.reads.number}))
 
@@ -717,6 +794,23 @@ class Raft:
         else:
             self.complaint = f"{peer} takes no entries: {answer.reason}"
             progress.hold_back()
+
+    @property
+    def lacking(self) -> tuple[str, ...]:
+        """As leader: the members that lack entries which this log no longer has, and so need a snapshot, sorted."""
+        return tuple(sorted(peer for peer, progress in self.progress.items() if progress.needs_snapshot))
+
+    def _on_snapshot_answer(self, peer: str, answer: SnapshotAnswer) -> None:
+        """Of the chunks in between the driver takes care; a snapshot that is installed is as good as the entries."""
+        progress = self.progress.get(peer)
+        if progress is None:
+            return
+        progress.heard_at = self._now
+        if answer.match > self.journal.last.id.commit_id:
+            self.complaint = f"{peer} says that it holds {answer.match}, which was never sent"
+        elif answer.data and answer.match > progress.match:
+            progress.installed(answer.match)
+            self._count_copies()
 
     def _count_copies(self) -> None:
         """Commit what a majority holds durably, if it is of this term; older entries commit with it (thesis 3.6.2).
@@ -769,7 +863,7 @@ class Raft:
                 self.witnesses.spoke(message.staged.address, message.term)
             return
         self.witnesses.spoke(message.leader, message.term)
-        if isinstance(message, TimeoutNow):
+        if isinstance(message, TimeoutNow | Snapshot):
             return
         if message.leader == self.leader and message.term == self.term:
             self._led = (message.leader, min(message.commit_id, self._matched))
@@ -783,17 +877,28 @@ class Raft:
             self._drive_handover()
         if self.is_leader:
             self._replicate()
+        self._look_at_chunk()
         out, self._out = self._out, Ready()
         if self._ballot_changed:
             out.ballot, self._ballot_changed = self.ballot, False
         out.committed = self._hand_out_committed()
+        out.chunk = None if self._chunk is None else self._chunk[1]
         out.reads = [token for commit_id, token in self._confirmed_reads if commit_id <= self.applied]
         self._confirmed_reads = [read for read in self._confirmed_reads if read[0] > self.applied]
         return out
 
-    def written(self) -> None:
-        """What the last `ready` asked for is on disk; now this node counts its own copy."""
+    def _look_at_chunk(self) -> None:
+        """The log may have reached the end of a snapshot in the turn in which its last chunk has come."""
+        if self._chunk is not None and self._does_without(self._chunk[1]):
+            (ticket, message), self._chunk = self._chunk, None
+            self._promise_end(ticket, message)
+
+    def written(self, has_installed: bool = False) -> None:
+        """What the last `ready` asked for is on disk; now this node counts its own copy. `has_installed`: its chunk was
+        the last of a snapshot, and the journal and the state are now those of the snapshot."""
         assert not self.journal.has_unwritten, "a copy counts once it is on disk"
+        if self._chunk is not None:
+            self._chunk_written(has_installed)
         if self.is_leader:
             self._count_copies()
 

@@ -13,6 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from msgspec import UNSET
+
 from raftnode.connections import Link
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, MemberEnd, Reply
 from raftnode.messages import (
@@ -26,6 +28,8 @@ from raftnode.messages import (
     HelloAnswer,
     PeerAnswer,
     PeerRequest,
+    Snapshot,
+    SnapshotAnswer,
     TimeoutNow,
     TimeoutNowAnswer,
     VoteAnswer,
@@ -40,7 +44,8 @@ from raftnode.transport import Transport
 if TYPE_CHECKING:
     from raftnode.testing.simulated import SimulatedNode
 
-CONSENSUS = (VoteRequest, Heartbeat, Data, TimeoutNow, VoteAnswer, HeartbeatAnswer, DataAnswer, TimeoutNowAnswer)
+_REQUESTS = (VoteRequest, Heartbeat, Data, TimeoutNow, Snapshot)
+CONSENSUS = (*_REQUESTS, VoteAnswer, HeartbeatAnswer, DataAnswer, TimeoutNowAnswer, SnapshotAnswer)
 """Messages that may be lost, doubled or late at any time: Raft asks nothing of its network."""
 LATEST = 20
 """So many times the usual jitter is that of a message that comes late."""
@@ -217,7 +222,8 @@ class SimulatedLink:
                 self._plan_end()
 
         fabric, source = self.owner.fabric, self.owner.my_ip
-        if isinstance(message, Data) and message.entries and fabric.path(source, self.peer).loses_entries:
+        is_large = isinstance(message, Snapshot) or (isinstance(message, Data) and bool(message.entries))
+        if is_large and fabric.path(source, self.peer).loses_entries:
             fabric.lose(source, self.peer)
         else:
             fabric.carry(source, self.peer, arrive, isinstance(message, CONSENSUS))
@@ -582,5 +588,12 @@ def describe(message: PeerRequest | PeerAnswer | Any) -> str:
             return f"holds     {message.match}, term {message.term}, commit {message.commit_id}"
         case DataAnswer():
             return f"refuses   after {message.asked} ({message.reason}), term {message.term}, hint {message.last}"
+        case Snapshot():
+            what = f"chunk {message.seq} of {message.transfer}: {len(message.records)} and {len(message.gone)} gone"
+            end = "" if message.end is UNSET else f", the state as of {message.end.id}, {message.end.keys} keys"
+            return f"snapshot  term {message.term}, {what}{end}"
+        case SnapshotAnswer():
+            what = f"chunk {message.seq} of {message.transfer}, match {message.match}"
+            return f"{'has      ' if message.data else 'refuses  '} {what} {message.reason}, term {message.term}"
         case _:
             return encode(message).decode().rstrip()

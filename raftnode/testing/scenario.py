@@ -49,6 +49,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+from msgspec import UNSET
+
 from raftnode.config import Role, Settings
 from raftnode.consensus.changes import ChangeRefused, added, promoted, removed
 from raftnode.consensus.membership import Membership
@@ -60,6 +62,8 @@ from raftnode.messages import (
     Heartbeat,
     HeartbeatAnswer,
     MembersCommand,
+    Snapshot,
+    SnapshotAnswer,
     TimeoutNow,
     TimeoutNowAnswer,
     VoteAnswer,
@@ -372,6 +376,10 @@ def in_words(envelope: Envelope) -> str:
             return f"matches up to {match}, term {term}"
         case DataAnswer(term=term, asked=asked, last=last, reason=reason):
             return f"refused ({reason}) after {asked}, try {_id(last)}, term {term}"
+        case Snapshot(term=term, transfer=transfer, seq=seq, end=end):
+            return f"chunk {seq} of snapshot {transfer}{'' if end is UNSET else ', the last'}, term {term}"
+        case SnapshotAnswer(term=term, transfer=transfer, seq=seq, data=data, reason=reason):
+            return f"chunk {seq} of snapshot {transfer} {'taken' if data else f'refused ({reason})'}, term {term}"
 
 
 def _span(entries: tuple[Entry, ...] | list[Entry]) -> str:

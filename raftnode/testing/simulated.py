@@ -21,7 +21,7 @@ from raftnode.consensus.membership import Membership
 from raftnode.consensus.raft import Raft
 from raftnode.election import Election
 from raftnode.errors import StoreFailed
-from raftnode.messages import GENESIS, DeleteCommand, Entry, EntryId, PutCommand, decode_command, store_key
+from raftnode.messages import GENESIS, DeleteCommand, Entry, EntryId, PutCommand, Snapshot, decode_command, store_key
 from raftnode.namespaces import Outcome
 from raftnode.store import Store
 from raftnode.testing.fabric import Fabric, SimulatedTransport, describe
@@ -146,7 +146,7 @@ class SimulatedStore(Store):
         self._node = node
         super().__init__("database", node.directory, settings=node.settings, new_id=node.new_id)
 
-    def write(self, ballot: Ballot | None = None) -> None:
+    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
         """As `Store.write`, if the node lives that long."""
         node = self._node
         unwritten = self.journal.unwritten()
@@ -154,11 +154,12 @@ class SimulatedStore(Store):
         changed_from = unwritten.cut_from or len(node.disk.entries) + 1
         before = self._transactions
         try:
-            super().write(ballot)
+            has_installed = super().write(ballot, chunk)
         finally:
             self._look(changed_from)
         assert self._transactions <= before + 1, f"one transaction: {node.name} could die in the middle of a write"
         node.after_write()
+        return has_installed
 
     @property
     def _transactions(self) -> int:

@@ -46,6 +46,7 @@ class Total(Struct):
     elections: int = 0
     committed: int = 0
     starts: int = 0
+    snapshots: int = 0
     operations: Counter[str] = Counter()
     faults: Counter[str] = Counter()
 
@@ -59,6 +60,7 @@ class Total(Struct):
         self.elections += report.elections
         self.committed += report.committed
         self.starts += report.starts
+        self.snapshots += report.snapshots
         self.operations = self.operations + report.operations
         self.faults = self.faults + report.faults
 
@@ -66,7 +68,8 @@ class Total(Struct):
         """The figures, for people."""
         yield f"{self.seeds} seeds, {self.seconds:,.0f} simulated seconds, {self.events:,} events"
         yield (
-            f"{self.elections:,} elections, {self.starts:,} starts of nodes, {self.committed:,} entries committed, "
+            f"{self.elections:,} elections, {self.starts:,} starts of nodes, {self.snapshots:,} snapshots installed, "
+            f"{self.committed:,} entries committed, "
             f"{sum(self.operations.values()):,} operations: "
             + ", ".join(f"{count:,} {name}" for name, count in self.operations.most_common())
         )

@@ -27,6 +27,7 @@ from raftnode.messages import (
     PeerAnswer,
     PeerRequest,
     PutAnswer,
+    SnapshotAnswer,
     TimeoutNow,
     VoteAnswer,
     VoteRequest,
@@ -37,10 +38,14 @@ if TYPE_CHECKING:
 
 
 class Durable(Protocol):
-    """What is on a member's disk. `entries[n]` has commit_id `n + 1`."""
+    """What is on a member's disk. `entries[n]` has commit_id `n + 1`; those up to `base` have been compacted away, or
+    came as a snapshot: they are there because they are committed, and so count as held."""
 
     ballot: Ballot
     commit_id: int
+
+    @property
+    def base(self) -> Mark: ...
 
     @property
     def entries(self) -> Sequence[Entry]: ...
@@ -99,6 +104,8 @@ class Invariants:
         self._members = members
         self.chosen: list[Chosen] = []
         """What was committed, by position: `chosen[n]` has commit_id `n + 1`."""
+        self.history: list[Entry] = []
+        """The same, as entries: the whole log, which no member needs to have any more."""
         self._leaders: dict[int, str] = {}
         self._votes: dict[tuple[str, int], str] = {}
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # who granted one, by candidate and term
@@ -158,6 +165,11 @@ class Invariants:
             assert message.match <= len(disk.entries) or disk.ballot.term > message.term, (
                 f"disk before words: {name} acknowledges {message.match}, on disk are {len(disk.entries)}"
             )
+        if isinstance(message, SnapshotAnswer) and message.match:
+            assert message.match <= disk.commit_id or message.match <= len(disk.entries), (
+                f"disk before words: {name} has installed {message.match}, on disk {disk.commit_id} is committed"
+            )
+        if isinstance(message, DataAnswer | SnapshotAnswer) and message.data:
             leader = self._leaders.get(message.term, target)
             assert leader == target, (
                 f"one leader is followed: {name} takes entries of {target} in term {message.term}, which {leader} leads"
@@ -242,6 +254,10 @@ class Invariants:
         assert raft.journal.last == disk.last, (
             f"memory equals disk: {name} ends with {raft.journal.last}, on disk with {disk.last}"
         )
+        assert raft.journal.base == disk.base, (
+            f"memory equals disk: the log of {name} begins after {raft.journal.base}, on disk after {disk.base}"
+        )
+        assert disk.base.id.commit_id <= disk.commit_id, f"what a restart needs is kept: {name} lacks {disk.commit_id}"
         assert raft.journal.written == disk.last.id.commit_id, f"memory equals disk: {name} has entries to write"
         assert raft.commit_id >= before.commit_id, (
             f"commit_id never falls: {name} had {before.commit_id}, has {raft.commit_id}"
@@ -272,6 +288,7 @@ class Invariants:
             if entry.commit_id > len(self.chosen):
                 self._check_majority(member, entry)
                 self.chosen.append(Chosen(entry.id, entry.checksum, member.disk.ballot.term))
+                self.history.append(entry)
             chosen = self.chosen[entry.commit_id - 1]
             assert (chosen.id, chosen.checksum) == (entry.id, entry.checksum), (
                 f"state-machine safety: {member.name} applied {entry.id}, another member {chosen.id}"

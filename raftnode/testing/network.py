@@ -97,6 +97,11 @@ class Disk:
         return Mark(self.entries[-1].id, self.entries[-1].checksum) if self.entries else Mark(GENESIS, 0)
 
     @property
+    def base(self) -> Mark:
+        """Nothing is compacted here."""
+        return Mark(GENESIS, 0)
+
+    @property
     def membership(self) -> Membership:
         """The members in force by this log."""
         return self.journal().membership

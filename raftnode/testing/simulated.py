@@ -19,9 +19,20 @@ from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.raft import Raft
+from raftnode.consensus.transfer import Incoming
 from raftnode.election import Election
 from raftnode.errors import StoreFailed
-from raftnode.messages import GENESIS, DeleteCommand, Entry, EntryId, PutCommand, Snapshot, decode_command, store_key
+from raftnode.messages import (
+    GENESIS,
+    DeleteCommand,
+    Entry,
+    EntryId,
+    PutCommand,
+    Snapshot,
+    SnapshotAnswer,
+    decode_command,
+    store_key,
+)
 from raftnode.namespaces import Outcome
 from raftnode.store import Store
 from raftnode.testing.fabric import Fabric, SimulatedTransport, describe
@@ -53,15 +64,19 @@ class WriteFault(enum.Enum):
 class Mirror:
     """What is in a node's LMDB file, as last read from there, and what should be: the durable state for `Invariants`.
 
-    Invariants: `entries[n]` has commit_id `n + 1`; `state` is what the entries up to `commit_id` make, worked out here
-    and not by the product.
+    Invariants: `entries[n]` has commit_id `n + 1`, and those up to `base` were on disk once, or are what others have
+    committed there, if they came as a snapshot; `state` is what the entries up to `commit_id` make, worked out here and
+    not by the product.
     """
 
     def __init__(self, founding: Membership) -> None:
         self.ballot = Ballot()
         self.entries: list[Entry] = []
         self.commit_id = 0
+        self.base = Mark(GENESIS, 0)
+        self.incoming = Incoming()
         self.membership = founding
+        self._current = records.COMMITTED
         self.state: dict[bytes, records.Record] = {}
         self._comparisons = 0
 
@@ -74,30 +89,65 @@ class Mirror:
         """True when the entry is in this log."""
         return 0 < id.commit_id <= len(self.entries) and self.entries[id.commit_id - 1].term == id.term
 
-    def read(self, txn: lmdb.Transaction, db: Callable[[bytes], Any], changed_from: int, name: str) -> None:
-        """After a transaction, take over what is on disk: the facts, and the log from `changed_from` on."""
+    def read(
+        self,
+        txn: lmdb.Transaction,
+        db: Callable[[bytes], Any],
+        changed_from: int,
+        history: Sequence[Entry],
+        name: str,
+    ) -> None:
+        """After a transaction, take over what is on disk: the facts, and the log from `changed_from` on. `history` is
+        all that was committed anywhere, which tells what a snapshot must be."""
         meta = db(records.META)
+        self.incoming = _fact(txn, meta, b"incoming", Incoming) or Incoming()
+        stored = txn.get(records.STATE_FACT, db=meta)
+        current = records.state_named(None if stored is None else bytes(stored))
+        base = _fact(txn, meta, b"base", Mark) or Mark(GENESIS, 0)
+        has_installed, self._current = current != self._current, current
+        if has_installed:
+            self._install(base.id.commit_id, history, name)
+            changed_from = base.id.commit_id + 1
         self.ballot = _fact(txn, meta, b"ballot", Ballot) or Ballot()
         commit_id: int = _fact(txn, meta, b"commit_id", int) or 0
         del self.entries[changed_from - 1 :]
+        self.entries += history[changed_from - 1 : base.id.commit_id]  # compacted as soon as they were there
         self.entries += _entries(txn, db(records.LOG), changed_from)
-        count = txn.stat(db(records.LOG))["entries"]
-        assert count == len(self.entries), f"the log on disk has no rests: {name} has {count}, not {len(self.entries)}"
+        self._begin_after(base, name)
+        count, kept = txn.stat(db(records.LOG))["entries"], len(self.entries) - base.id.commit_id
+        assert count == kept, f"the log on disk has no rests: {name} has {count}, not {kept}"
         assert commit_id <= len(self.entries), f"applied entries are on disk: {name} lacks {commit_id}"
         changed = self._advance(commit_id)
         self._comparisons += 1
-        if self._comparisons % FULL_CHECK_EVERY == 0:
+        if has_installed or self._comparisons % FULL_CHECK_EVERY == 0:
             self.compare(txn, db, name)
         else:
-            self._compare_keys(txn, db(records.COMMITTED), changed, name)
+            self._compare_keys(txn, db(current), changed, name)
+
+    def _install(self, commit_id: int, history: Sequence[Entry], name: str) -> None:
+        """A snapshot is there: its state must be what all that was committed up to there makes."""
+        assert self.commit_id < commit_id <= len(history), (
+            f"a snapshot is of what is committed: {name} had {self.commit_id}, has {commit_id} of {len(history)}"
+        )
+        self.entries[:] = history[:commit_id]
+        self.commit_id, self.state = 0, {}
+        self._advance(commit_id)
+
+    def _begin_after(self, base: Mark, name: str) -> None:
+        """The log begins after `base`, which must be an entry that was there."""
+        assert base.id.commit_id >= self.base.id.commit_id, f"the base never falls: {name} had {self.base}, has {base}"
+        if base.id.commit_id:
+            entry = self.entries[base.id.commit_id - 1]
+            assert base == Mark(entry.id, entry.checksum), f"the base is an entry: {name} has {base}, not {entry.id}"
+        self.base = base
 
     def compare(self, txn: lmdb.Transaction, db: Callable[[bytes], Any], name: str) -> None:
         """Everything on disk is what it should be: the log that was seen last, and the state that it makes."""
-        on_disk = list(_entries(txn, db(records.LOG), 1))
-        assert on_disk == self.entries, f"the log on disk is the one that was written: {name}"
-        keys = [bytes(key) for key in txn.cursor(db(records.COMMITTED)).iternext(values=False)]
+        on_disk, first = list(_entries(txn, db(records.LOG), 1)), self.base.id.commit_id
+        assert on_disk == self.entries[first:], f"the log on disk is the one that was written: {name}"
+        keys = [bytes(key) for key in txn.cursor(db(self._current)).iternext(values=False)]
         assert keys == sorted(self.state), f"state equals log: {name} has the keys {keys}, not {sorted(self.state)}"
-        self._compare_keys(txn, db(records.COMMITTED), keys, name)
+        self._compare_keys(txn, db(self._current), keys, name)
 
     def _advance(self, commit_id: int) -> set[bytes]:
         """Carry out the entries up to `commit_id`; returns the keys that they wrote."""
@@ -158,6 +208,9 @@ class SimulatedStore(Store):
         finally:
             self._look(changed_from)
         assert self._transactions <= before + 1, f"one transaction: {node.name} could die in the middle of a write"
+        if has_installed:
+            node.installed += 1
+            node.applied = node.disk.entries[: node.disk.commit_id]
         node.after_write()
         return has_installed
 
@@ -183,7 +236,7 @@ class SimulatedStore(Store):
         env = self._env._env
         assert env is not None, "the environment is open while it is written"
         with env.begin() as txn:
-            self._node.disk.read(txn, self._env.db, changed_from, self._node.name)
+            self._node.disk.read(txn, self._env.db, changed_from, self._node.history, self._node.name)
 
     def compare(self) -> None:
         """Read everything on disk and compare it with what it should be."""
@@ -232,6 +285,8 @@ class SimulatedNode:
         self.room = AMPLE
         self.clock_rate = 1.0
         self.starts = 0
+        self.installed = 0
+        """Snapshots that came in and became its state."""
         self._members = [member for member in members if member != name]
         self._invariants: Invariants | None = None
         self._chance = world.chance_for(name)
@@ -277,6 +332,11 @@ class SimulatedNode:
         store = self.election.store
         assert isinstance(store, SimulatedStore), "a simulated node has a simulated store"
         return store
+
+    @property
+    def history(self) -> Sequence[Entry]:
+        """All that was committed anywhere."""
+        return () if self._invariants is None else self._invariants.history
 
     def watch(self, invariants: Invariants) -> None:
         """From now on `invariants` are checked after each turn."""
@@ -375,6 +435,11 @@ class SimulatedNode:
             self.world.tell(f"{self.name} -> {target}: {describe(message)}")
         if self._invariants is not None:
             self._invariants.sent(self, target, message)
+        if isinstance(message, SnapshotAnswer) and message.data and not message.match:
+            has = self.disk.incoming
+            assert (has.transfer, has.seq) >= (message.transfer, message.seq) or has.term > message.term, (
+                f"disk before words: {self.name} has taken chunk {message.seq} of {message.transfer}, on disk is {has}"
+            )
 
     # --- the disk ---
 

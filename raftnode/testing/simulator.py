@@ -77,6 +77,7 @@ class Options(Struct, frozen=True, kw_only=True):
         heartbeat = pick([20, 50, 100])
         low = heartbeat * pick([3, 5, 10])
         calm = chance.random() < 0.3
+        short = random.Random(f"short logs {seed}").choice  # of its own, so that older seeds draw what they drew
         kinds = {kind: weight for kind, weight in KINDS.items() if chance.random() < 0.6} or dict(KINDS)
         return cls(
             seed=seed,
@@ -103,6 +104,14 @@ class Options(Struct, frozen=True, kw_only=True):
                 reconnect_ms=pick([1, 20, 100]),
                 reconnect_high_ms=pick([20, 100, 500]),
                 reader_check_ms=pick([1, 5000]),
+                log_entries=short([1, 2, 5, 30, 100_000]),
+                log_bytes=short([1, 300, 5000, 64 * MIB]),
+                compaction_step=short([1, 64]),
+                compaction_bytes=short([1, MIB]),
+                sweep_keys=short([1, 1000]),
+                snapshot_chunk_bytes=short([1, 100, 256 * KIB]),
+                snapshot_bytes_per_s=short([10_000, 32 * MIB]),
+                snapshot_tracked_keys=short([1, 3, 200_000]),
                 map_bytes=256 * MIB,
                 reserve_bytes=64 * KIB,
             ),
@@ -156,6 +165,8 @@ class Report(Struct, kw_only=True):
     faults: Counter[str]
     """By kind."""
     starts: int
+    snapshots: int
+    """Installed."""
 
 
 class Unsafe(AssertionError):
@@ -403,6 +414,7 @@ class Simulation:
             operations=Counter(operation.outcome for operation in self.history),
             faults=faults.counts,
             starts=sum(node.starts for node in self.nodes.values()),
+            snapshots=sum(node.installed for node in self.nodes.values()),
         )
 
 

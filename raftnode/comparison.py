@@ -60,6 +60,11 @@ class Parting(Struct, frozen=True):
 def part(one: Marks, other: Marks) -> Parting:
     """Where two logs part, by halving. Entries before the first that both keep were committed, and count as equal."""
     low, high = max(one.first, other.first) - 1, min(one.last, other.last) + 1
+    if high <= low:  # one ends before the other begins
+        return Parting(high - 1, None)
+    marks = [mark for mark in (one.mark(low), other.mark(low)) if mark is not None]
+    if len(marks) == 2 and marks[0] != marks[1]:
+        return Parting(low - 1, low)
     end = high
     while high - low > 1:
         position = _readable_near((low + high) // 2, low, high, one, other)
@@ -273,7 +278,7 @@ def _evidence(
     """All that proves something committed, of whatever history."""
     for candidate in readable:
         survey = candidate.survey
-        if survey.committed >= survey.first and (mark := survey.mark(survey.committed)) is not None:
+        if survey.committed and (mark := survey.mark(survey.committed)) is not None:
             yield Evidence(EntryId(mark.term, survey.committed), f"{survey.path} has it as committed")
         for address, witness in survey.known.witnesses.items():
             if witness.floor != GENESIS:
@@ -403,6 +408,9 @@ class StoredMarks:
         self._opened = opened
 
     def mark(self, commit_id: int) -> EntryMark | None:
+        base = self._opened.base
+        if base is not None and commit_id == base.id.commit_id > 0:
+            return EntryMark(base.id.term, base.checksum)
         stored, _ = self._opened.look_up(commit_id)
         if stored is None:
             return None

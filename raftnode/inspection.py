@@ -43,7 +43,7 @@ from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
 from raftnode.consensus.witness import Witness
-from raftnode.environment import explain_open_error, open_reader
+from raftnode.environment import explain_open_error, open_databases, open_reader
 from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreFailed, StoreForeign, StoreTooNew
 from raftnode.messages import GENESIS, LMDB_KEY_BYTES, AnyCommand, Entry, chain, decode_command
 
@@ -129,7 +129,8 @@ class Directory:
     """An open data directory, for reading. A context manager; `close` ends it.
 
     Public facts: `path`; `facts`, as of the first look; as of the newest one `committed` (the commit_id on disk),
-    `first` and `last` (the ends of the log; `last` is below `first` in an empty one); `looks`, which counts them.
+    `base` (the point before the first kept entry; None when it is damaged), `first` and `last` (the ends of the log;
+    `last` is below `first` in an empty one); `looks`, which counts them.
     """
 
     def __init__(self, path: Path, map_bytes: int) -> None:
@@ -151,7 +152,9 @@ class Directory:
         self._env = _open(path, self._map_bytes)
         try:
             self._dbs = self._open_databases()
+            self._state = records.COMMITTED
             self.facts = self._read_facts()
+            self.base = self.facts.base
             self.committed = self.facts.commit_id
             self.first, self.last = self._ends()
             self._seen = self._txn.id()
@@ -203,10 +206,13 @@ class Directory:
     def _take_news(self, txn: lmdb.Transaction) -> None:
         """What has changed since the look before."""
         self._seen, committed = txn.id(), self.committed
-        stored = txn.get(b"commit_id", db=self._dbs[records.META])
-        if stored is not None and self.committed is not None:
-            with contextlib.suppress(StoreDamaged):  # then it stays at what was read before
+        stored, base = (txn.get(name, db=self._dbs[records.META]) for name in (b"commit_id", b"base"))
+        with contextlib.suppress(StoreDamaged):  # then it stays at what was read before
+            if stored is not None and self.committed is not None:
                 self.committed = records.unpack_meta(b"commit_id", bytes(stored), int)
+            if base is not None and self.base is not None:
+                self.base = records.unpack_meta(b"base", bytes(base), Mark)
+            self._state = self._state_in(txn)
         self.first, self.last = self._ends()
         if self.on_new_look is not None and self.committed != committed:
             self.on_new_look()
@@ -229,7 +235,7 @@ class Directory:
 
     def _open_databases(self) -> dict[bytes, lmdb._Database]:
         try:
-            return {name: self._env.open_db(name, create=False) for name in records.DATABASES}
+            return open_databases(self._env, may_create=False)
         except lmdb.NotFoundError as error:
             raise self._empty() from error
         except lmdb.IncompatibleError as error:
@@ -256,6 +262,11 @@ class Directory:
 
         format_version = fact(b"format", int)
         self._check_format(format_version, damage)
+        try:
+            self._state = self._state_in(self._txn)
+        except StoreDamaged as error:
+            damage.append(str(error))
+            self._state = max(records.STATES, key=lambda name: self._count(name) if name in self._dbs else -1)
         return Facts(
             format=format_version,
             node=fact(b"node", str),
@@ -277,19 +288,24 @@ class Directory:
                 "with the newer raftnode"
             )
         if found is None and not damage:
-            if not any(self._count(name) for name in records.DATABASES):
+            if not any(self._count(name) for name in self._dbs):
                 raise self._empty()
             damage.append("the record 'format' of the node is missing")
 
     def _ends(self) -> tuple[int, int]:
         """The first and last commit_id that should be there: counted, as any single key may be damaged."""
-        base, committed = self.facts.base, self.committed or 0
+        base, committed = self.base, self.committed or 0
         if base is not None:
             return base.id.commit_id + 1, max(base.id.commit_id + self._count(records.LOG), committed)
         first = self._position_from(b"")
         if first is None:
             return 1, 0
         return first, max(first - 1 + self._count(records.LOG), committed)
+
+    def _state_in(self, txn: lmdb.Transaction) -> bytes:
+        """Which database is the state. Raises StoreDamaged."""
+        stored = txn.get(records.STATE_FACT, db=self._dbs[records.META])
+        return records.state_named(None if stored is None else bytes(stored))
 
     def _guarded(self, read: Callable[[], _T]) -> _T:
         """Do one read; when it meets a page that LMDB can't read, raise StoreDamaged and leave a usable transaction."""
@@ -324,13 +340,15 @@ class Directory:
     def checksums_before(self, start: int) -> tuple[int, ...]:
         """The checksum before `start`; nothing when it can't be told, and then the first entry goes unchecked."""
         if start == self.first:
-            return () if self.facts.base is None else (self.facts.base.checksum,)
+            return () if self.base is None else (self.base.checksum,)
         found = self.checksum_at(start - 1)
         return () if found is None else (found,)
 
     def checksum_at(self, commit_id: int) -> int | None:
-        """The checksum that is stored with an entry; None when there is none to be read."""
+        """The checksum that is stored with an entry, or with the base; None when there is none to be read."""
         stored, _ = self.look_up(commit_id)
+        if stored is None and self.base is not None and commit_id == self.base.id.commit_id:
+            return self.base.checksum
         if stored is not None:
             with contextlib.suppress(StoreDamaged):
                 return records.unpack_entry(commit_id, stored).checksum
@@ -425,7 +443,7 @@ class Directory:
         done = None
         while True:
             looks = self.looks
-            with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+            with self._txn.cursor(self._dbs[self._state]) as cursor:
                 if not cursor.set_range(position):
                     return
                 for number, (found, stored) in enumerate(cursor.iternext()):
@@ -456,7 +474,7 @@ class Directory:
 
     def _is_readable(self, key: bytes) -> bool:
         try:
-            with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+            with self._txn.cursor(self._dbs[self._state]) as cursor:
                 if cursor.set_range(key):
                     cursor.item()
         except lmdb.Error:
@@ -468,7 +486,7 @@ class Directory:
         """The namespaces, by jumping from one to the next: no name holds NUL, so name + 01 is past all its keys."""
         position = b""
         while True:
-            with self._txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+            with self._txn.cursor(self._dbs[self._state]) as cursor:
                 if not cursor.set_range(position):
                     return
                 name = bytes(cursor.key()).partition(b"\0")[0]
@@ -480,7 +498,7 @@ class Directory:
     @property
     def keys(self) -> int:
         """How many committed values there are."""
-        return self._count(records.COMMITTED)
+        return self._count(self._state)
 
     @property
     def kept(self) -> int:
@@ -514,7 +532,7 @@ class Directory:
     def _count_some(self, position: bytes, found: dict[bytes, list[int]]) -> bytes | None:
         """Count from a key on, in a look of its own; the key to go on from. Only lengths of values are read, not their
         pages."""
-        with self._env.begin(buffers=True) as txn, txn.cursor(self._dbs[records.COMMITTED]) as cursor:
+        with self._env.begin(buffers=True) as txn, txn.cursor(self._dbs[self._state_in(txn)]) as cursor:
             if not cursor.set_range(position):
                 return None
             for number, (buffer, stored) in enumerate(cursor.iternext()):
@@ -555,7 +573,8 @@ class LogReading:
     A look is not held for long, and in the next one staged entries may have been cut and others may stand in their
     place. Then `on_cut` is called with the first position of those that were read before and are no longer there, and
     the reading goes on from that position. For this it keeps the checksums, 4 bytes each, of the entries that it has
-    read and that were not committed yet.
+    read and that were not committed yet. Old entries may have been deleted meanwhile, by compaction or a snapshot: then
+    it goes on where the log begins, and the positions between are missing.
 
     Public facts: `next`, the position that is read next.
     """
@@ -591,6 +610,8 @@ class LogReading:
             if directory.looks != self._looks:
                 self._look_back()
                 commit_id = self.next
+                if lost is not None and lost.commit_id < directory.first:
+                    lost = None
             if commit_id > last or commit_id > directory.last:
                 break
             stored, problem = directory.look_up(commit_id)
@@ -618,9 +639,15 @@ class LogReading:
 
     def _look_back(self) -> None:
         """In a new look: is what was read still there? Those of the staged that have committed are forgotten."""
-        directory, start = self._directory, self.next - len(self._staged)
+        directory = self._directory
         newest = directory.checksum_at(self.next - 1)  # takes the look
         self._looks = directory.looks
+        if self.next < directory.first:
+            self._skip()
+            return
+        start = self.next - len(self._staged)
+        del self._staged[: max(0, directory.first - start)]
+        start = self.next - len(self._staged)
         if self._staged:
             if (newest or 0) != self._staged[-1]:
                 self._go_back(start)
@@ -632,6 +659,12 @@ class LogReading:
         settled = (directory.committed or 0) - start + 1
         if settled > 0:
             del self._staged[:settled]
+
+    def _skip(self) -> None:
+        """What comes next is gone: go on where the log begins now."""
+        self.next = self._directory.first
+        del self._staged[:]
+        self._seeds = self._seeds_at(self.next)
 
     def _go_back(self, start: int) -> None:
         """To the first entry, of the staged ones that were read, that is no longer there."""

@@ -409,7 +409,7 @@ class Snapshot(Request, tag="snapshot", kw_only=True):
     """Numbers the chunks from 1; each is sent when the one before was taken."""
     records: list[SnapshotRecord] = []
     gone: list[tuple[str, str]] = []
-    """(namespace, key) of values that were sent before and are no more."""
+    """(namespace, key) of values that were sent before, perhaps among these `records`, and are no more."""
     end: SnapshotEnd | UnsetType = UNSET
 
 

@@ -79,6 +79,7 @@ _FACTS: Final[dict[bytes, Any]] = {
     b"commit_id": int,
     b"base": Mark,
     b"memberships": list[Membership],
+    records.STATE_FACT: str,
 }
 _OF_EVERY_NODE: Final = ("format", "node")
 _OF_A_MEMBER: Final = (*_OF_EVERY_NODE, "cluster", "address", "ballot", "commit_id", "memberships")
@@ -175,9 +176,9 @@ def _change(
         txn.delete(key, db=env.db(records.LOG))
     for key, value in values.items():
         if value is None:
-            txn.delete(key, db=env.db(records.COMMITTED))
+            txn.delete(key, db=_state(env, txn))
         else:
-            txn.put(key, value, db=env.db(records.COMMITTED))
+            txn.put(key, value, db=_state(env, txn))
     if ballot != log.facts.ballot:
         txn.put(b"ballot", records.pack_meta(b"ballot", ballot), db=env.db(records.META))
 
@@ -545,7 +546,7 @@ def _wrong_values(env: Environment, txn: lmdb.Transaction, log: _Log, tell: Tell
     """
     expected = _replay(log) if log.first == 1 else None
     wrong: dict[bytes, bytes | None] = {}
-    with txn.cursor(env.db(records.COMMITTED)) as cursor:
+    with txn.cursor(_state(env, txn)) as cursor:
         for key, stored in _pairs(cursor):
             is_sound = _is_sound(key, stored)
             if expected is None:
@@ -586,6 +587,12 @@ def _rebuilt(log: _Log, key: bytes, value: Written) -> bytes:
     packed = records.pack_record(key, msgspec.structs.replace(value.without_value, value=command.value))
     assert packed.startswith(value.checksum), "the log says the same each time"
     return packed
+
+
+def _state(env: Environment, txn: lmdb.Transaction) -> lmdb._Database:
+    """The database of the committed values."""
+    stored = txn.get(records.STATE_FACT, db=env.db(records.META))
+    return env.db(records.state_named(None if stored is None else bytes(stored)))
 
 
 def _pairs(cursor: lmdb.Cursor) -> Iterator[tuple[bytes, bytes]]:

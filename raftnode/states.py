@@ -56,10 +56,10 @@ class States:
         db = self._env.db(self._other)
         if chunk.seq == 1:
             txn.drop(db, delete=False)
-        for namespace, key in chunk.gone:
-            txn.delete(store_key(namespace, key), db=db)
         for record in chunk.records:
             txn.put(*_packed(record), db=db)
+        for namespace, key in chunk.gone:
+            txn.delete(store_key(namespace, key), db=db)
 
     def install(self, txn: lmdb.Transaction, keys: int) -> bool:
         """Let what has come in be the state from this transaction on; false when it lacks keys or has too many."""

@@ -53,7 +53,7 @@ class Marks(Protocol):
     last: int
 
     def mark(self, commit_id: int) -> EntryMark | None:
-        """Of one position between `first` and `last`; None when it is damaged."""
+        """Of one position between `first` and `last`, or right before `first`; None when it is damaged or unknown."""
         ...
 
 
@@ -123,8 +123,11 @@ class Survey(Struct, kw_only=True):
         return self.base.id
 
     def mark(self, commit_id: int) -> EntryMark | None:
-        """The mark of a position; None outside the log, and where it is damaged."""
-        if not self.first <= commit_id <= self.last or self.is_bad(commit_id):
+        """The mark of a position, or of the base; None outside the log, and where it is damaged."""
+        if not self.first <= commit_id <= self.last:
+            base = self.base
+            return EntryMark(base.id.term, base.checksum) if commit_id == base.id.commit_id > 0 else None
+        if self.is_bad(commit_id):
             return None
         run = bisect_right(self._starts, commit_id) - 1
         assert run >= 0, "what is not damaged was read"
@@ -150,6 +153,9 @@ class Survey(Struct, kw_only=True):
 
     def _take(self, record: LogRecord) -> None:
         """The next record of the log."""
+        if record.commit_id > self._next:  # what comes between was deleted while this was read
+            self.first = record.commit_id
+            self.damage, self._starts, self._terms, self._checksums = [], [], [], array("I")
         if record.damage:
             self.damage.append(Damage(record.commit_id, record.to or record.commit_id, record.damage))
         entry = record.entry

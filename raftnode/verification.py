@@ -102,6 +102,8 @@ class _Verification:
         self._advance = advance
         self._steps = 0
         self._replay: Replay | None = Replay()
+        self._next = 1
+        """The position after those that were read."""
         self._newest: Entry | EntryId = GENESIS
         """The entry that has the highest term so far, the last of these."""
         self._memberships: list[tuple[int, MembersCommand]] = []
@@ -173,6 +175,9 @@ class _Verification:
     def _check_entry(self, record: LogRecord, committed: int) -> None:
         self._step()
         entry, commit_id = record.entry, record.commit_id
+        if commit_id > self._next:
+            self._end_replay(f"entries up to {commit_id - 1} were deleted while the log was read")
+        self._next = (record.to or commit_id) + 1
         if record.damage:
             self._tell(Problem(check="entry", reason=record.damage, commit_id=commit_id, to=record.to))
             if commit_id <= committed:
@@ -221,10 +226,10 @@ class _Verification:
             return []
         kept = {membership.commit_id: membership for membership in facts.memberships}
         in_log = [at for at, _ in self._memberships]
-        newest = max((at for at in in_log if at <= facts.commit_id), default=None)
+        before_log = min(facts.memberships[0].commit_id, self._verified.first - 1)  # or the founding one
+        newest = max((at for at in in_log if at <= facts.commit_id), default=before_log)
+        newest = max(newest, before_log)
         staged = [at for at in in_log if at > facts.commit_id]
-        if newest is None:  # it is from before the log, or the founding one
-            newest = min(facts.memberships[0].commit_id, self._verified.first - 1)
         expected = [newest, *staged]
         if list(kept) != expected:
             return [f"the memberships of the entries {list(kept)} are kept; by the log those of {expected} are in use"]

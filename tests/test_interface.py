@@ -236,7 +236,7 @@ def test_one_tree_of_errors() -> None:
 
 def test_no_error_outside_the_tree() -> None:
     """Modules that raise errors of their own take them from the tree, but for those that never leave their layer."""
-    inner = {"ConnectFailed", "OutputFailed"}
+    inner = {"ConnectFailed", "OutputFailed", "Overflow"}
     package = Path(raftnode.__file__).parent
     for path in sorted(package.glob("*.py")):
         if path.stem == "__main__":
@@ -326,9 +326,9 @@ def test_message_types(kind: str) -> None:
 
 
 def test_all_types_are_listed() -> None:
-    """The schema has the types of published interface and `hello`, once each, split into those of clients and of
-    members."""
-    assert {*messages.REQUEST_TYPES, *messages.PEER_TYPES} == {*MESSAGES, "hello"}
+    """The schema has the types of published interface, `hello` and `snapshot`, once each, split into those of clients
+    and of members."""
+    assert {*messages.REQUEST_TYPES, *messages.PEER_TYPES} == {*MESSAGES, "hello", "snapshot"}
     assert not set(messages.REQUEST_TYPES) & set(messages.PEER_TYPES)
     tags = [msgspec.inspect.type_info(each).tag for each in typing.get_args(messages.AnyRequest)]  # type: ignore
-    assert sorted(tags) == sorted([*MESSAGES, "hello"])
+    assert sorted(tags) == sorted([*MESSAGES, "hello", "snapshot"])

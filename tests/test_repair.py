@@ -150,6 +150,7 @@ class Contents(NamedTuple):
     log: dict[bytes, bytes]
     committed: dict[bytes, bytes]
     meta: dict[bytes, bytes]
+    second: dict[bytes, bytes]
 
 
 def contents(path: Path) -> Contents:

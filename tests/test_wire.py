@@ -324,9 +324,9 @@ def test_with_ids_they_overlap(start: Start, connect: Connect, monkeypatch: pyte
     client = connect(node)
     write, go_on = node.store.write, threading.Event()
 
-    def slow_write(ballot: Any = None) -> None:
+    def slow_write(ballot: Any = None, chunk: Any = None) -> bool:
         assert go_on.wait(PATIENCE), "the ping was not answered while the put was under way"
-        write(ballot)
+        return write(ballot, chunk)
 
     client.ask(type="ping")
     monkeypatch.setattr(node.store, "write", slow_write)

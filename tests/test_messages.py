@@ -341,7 +341,7 @@ def test_requests_come_back(data: st.DataObject) -> None:
     """Every request with any fields in range is read as it was written, on one line."""
     text, count = st.text(max_size=8), st.integers(0, 2**63 - 1)
     ids = st.just(UNSET) | st.integers() | text
-    entry_id = st.builds(EntryId, count, count)
+    entry_id, count32 = st.builds(EntryId, count, count), st.integers(0, 2**32 - 1)
     raw = st.sampled_from([b"1.10", b"1E5", b"[1, 2]", b'"\\u0061"', b"{}", b"123456789012345678901234567890"]).map(Raw)
     entry = st.builds(Entry, count, count, count, st.integers(0, 2**32 - 1), raw)
     kind = data.draw(st.sampled_from(get_args(AnyRequest)))
@@ -354,7 +354,12 @@ def test_requests_come_back(data: st.DataObject) -> None:
         "old": text, "new": text, "to": text, "force": st.booleans(), "transfer": st.booleans(), "membership": entry_id,
         "reminder": st.just(UNSET) | st.builds(messages.Reminder, node=text, term=count, held=entry_id, vote=text),
         "staged": st.builds(lambda a, t, c: messages.Staged(address=a, term=t, commit_id=c), text, count, count),
+        "seq": count, "gone": st.lists(st.tuples(text, text), max_size=2),
+        "records": st.lists(st.builds(messages.SnapshotRecord, text, text, count, count, count, count, count32, raw)),
+        "end": st.just(UNSET) | st.builds(messages.SnapshotEnd, id=entry_id, checksum=count32, keys=count, membership=raw),
     }  # fmt: skip
+    if kind is messages.Snapshot:
+        known["transfer"] = count
     written = kind(**{name: data.draw(known[name], label=name) for name in kind.__struct_fields__})
     sent = encode(written)
     assert sent.count(b"\n") == 1

@@ -78,7 +78,7 @@ def member(name: str, base: int, *terms: int, commit_id: int | None = None, inco
     log = Log(base, history(*terms))
     term = max(terms, default=0)
     at = base if commit_id is None else commit_id
-    return Raft(name, log.journal, Ballot(term), at, random.Random(1), Settings(), 0.0, None, incoming)
+    return Raft(name, log.journal, Ballot(term), at, random.Random(1), Settings(), 0.0, incoming=incoming)
 
 
 def leader(base: int, *terms: int) -> Raft:
@@ -391,8 +391,7 @@ class Receiver:
             random.Random(1),
             self.settings,
             0.0,
-            None,
-            store.incoming,
+            incoming=store.incoming,
         )
 
     def restart(self) -> None:

@@ -236,20 +236,17 @@ class Journal:
 
     def begin_anew(self, base: Mark, membership: Membership) -> None:
         """A snapshot as of `base` was installed: the log is empty, and goes on from there. Node ids that this member
-        has learned stay known."""
-        for address in membership.addresses:
-            known = self.membership.node_of(address)
-            if known and membership.node_of(address) == "":
-                membership = membership.bind(address, known)
+        has learned stay known, and so does a newer membership, with which a node that joins has begun."""
+        newest = max(self._memberships[0], membership, key=lambda m: m.commit_id)
+        self._memberships = [newest.knowing(self.membership)]
         self.base = self.last = base
         self.written = base.id.commit_id
-        self._memberships = [membership]
         self._kept.clear()
         self._kept_first, self._kept_bytes, self._cut_from = base.id.commit_id + 1, 0, None
 
     def committed_membership(self, commit_id: int) -> Membership:
-        """The newest membership that was committed when `commit_id` was."""
-        return [m for m in self._memberships if m.commit_id <= commit_id][-1]
+        """The newest membership that was committed when `commit_id` was; a newer one, if this log began with that."""
+        return [m for m in self._memberships if m.commit_id <= commit_id or m is self._memberships[0]][-1]
 
     def mark_written(self) -> None:
         """That transaction is on disk."""

@@ -356,7 +356,8 @@ def test_requests_come_back(data: st.DataObject) -> None:
         "staged": st.builds(lambda a, t, c: messages.Staged(address=a, term=t, commit_id=c), text, count, count),
         "seq": count, "gone": st.lists(st.tuples(text, text), max_size=2),
         "records": st.lists(st.builds(messages.SnapshotRecord, text, text, count, count, count, count, count32, raw)),
-        "end": st.just(UNSET) | st.builds(messages.SnapshotEnd, id=entry_id, checksum=count32, keys=count, membership=raw),
+        "end": st.just(UNSET)
+        | st.builds(messages.SnapshotEnd, id=entry_id, checksum=count32, keys=count, membership=raw),
     }  # fmt: skip
     if kind is messages.Snapshot:
         known["transfer"] = count

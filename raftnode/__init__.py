@@ -11,11 +11,13 @@
                     for other threads) | log. None of the three knows another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
                     the other end of a link), members (changes of the members, asked for and of the leader's own),
-                    snapshots (the state on its way to a member that lacks entries)
+                    snapshots (the state on its way to a member that lacks entries), backups (to a
+                    client)
     4  node         raftnode (assembles, owns the life of a node), joining (how it becomes a member), client
     5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
                     supervised; comparing: its commands about whole directories, with verification, survey,
-                    comparison, chronology); upkeep of a stopped node's directory: repair, recover, shrink
+                    comparison, chronology); upkeep of a stopped node's directory: repair, recover,
+                    shrink, archive (backups)
     beside          testing/: for our tests and for those of programs that embed a node; the product never imports it
 
 **Who owns which fact.** Each has one owner; everyone else asks or is told.

@@ -127,6 +127,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     over what was written meanwhile."""
     snapshot_tracked_keys: int = 200_000
     """Keys written while a snapshot is sent are remembered, to be sent again; past this many it begins anew."""
+    backups: int = 4
+    """Backups that clients take from this node at a time."""
     reader_check_ms: int = 5000
     """How often slots of dead readers are cleared (LMDB's file grows without end behind one)."""
 

@@ -30,6 +30,7 @@ from typing import Any, Final, TypeVar
 
 from msgspec import UNSET, Struct
 
+from raftnode.backups import Backups
 from raftnode.config import Role
 from raftnode.consensus.changes import ChangeRefused
 from raftnode.consensus.raft import Raft, Ready, Ticket
@@ -43,6 +44,7 @@ from raftnode.messages import (
     AddPeer,
     Answer,
     AnyRequest,
+    Backup,
     Data,
     DataAnswer,
     Delete,
@@ -142,6 +144,7 @@ class Election:
         self.raft = self._new_raft()
         self.requests = Requests(self.me, self.raft, store, transport, self.settings, self.log)
         self.snapshots = Snapshots(self.raft, store, transport, self.settings, self.log)
+        self.backups = Backups(self.me, store, self.settings)
         self.handshake = Handshake(self.me, self.raft, store, transport, self.log)
         self.members = MemberChanges(self.me, self.raft, store, self.requests, self.handshake, self.log)
         transport.identify(str(store.cluster_id), store.node_id)
@@ -160,6 +163,7 @@ class Election:
             Peers: self._on_peers,
             Status: self._on_status,
             Entries: self._on_entries,
+            Backup: self._on_backup,
             TimeoutNow: self._on_peer_request,
             AddPeer: self.requests.take,
             RemovePeer: self.requests.take,
@@ -285,6 +289,7 @@ class Election:
         self.handshake.finish()
         self.members.settle(self._now)
         self.snapshots.send(self._now)
+        self.backups.send(self._now)
         self.raft.forget_old_entries()
         self._follow_membership()
         self._note_changes()
@@ -293,7 +298,7 @@ class Election:
     def _next_due(self) -> float:
         if self.requests.want_turn:
             return self._now
-        due = min(self.raft.deadline(), self.snapshots.due())
+        due = min(self.raft.deadline(), self.snapshots.due(), self.backups.due())
         if self._effects_since is not None or self.store.has_effects or self.store.has_leftover:
             due = min(due, (self._effects_since or self._now) + self.settings.flush_delay_ms / 1000)
         return due
@@ -400,6 +405,13 @@ class Election:
             "storage": {**store.sizes(), "full": store.room(self._now) < self.settings.reserve_bytes},
             "uptime_s": round(self._now - self._started, 3),
         }
+
+    def _on_backup(self, arrival: Arrival) -> None:
+        """A client takes the whole state, from any member that keeps its promises."""
+        if self.raft.has_forgotten:
+            self.handshake.refuse_as_old_copy(arrival)
+        else:
+            self.backups.take(arrival, self._now)
 
     def _on_entries(self, arrival: Arrival) -> None:
         """Committed entries for the repair of another member, as many as go into one message. Damage that shows here
@@ -511,6 +523,7 @@ class Election:
         with self._turn_lock:
             self.requests.end()
             self.members.end()
+            self.backups.stop()
             for letter in drain(self.queue):
                 if isinstance(letter, Arrival):
                     letter.refuse("shutting_down", STOPPING)

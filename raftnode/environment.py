@@ -134,7 +134,7 @@ class Environment:
             assert self._env is not None
             self._env.sync(True)
             for directory in (self.path, self.path.resolve().parent):
-                _sync_directory(directory)
+                sync_directory(directory)
 
     def claim(self, node: str) -> None:
         """Check that the lock file names `node`, or write it there the first time. Raises StoreDamaged, StoreFailed."""
@@ -195,7 +195,7 @@ class Environment:
             self._env = None
         Path(f"{self._data_file}-lock").unlink(missing_ok=True)
         copy.rename(self._data_file)
-        _sync_directory(self.path)
+        sync_directory(self.path)
 
     def _fail(self, error: BaseException) -> StoreFailed:
         """A write or a sync has failed. What is on disk is not known, and trying again proves nothing: after a failed
@@ -398,7 +398,7 @@ def _take_lock(data_dir: Path) -> int:
     return fd
 
 
-def _sync_directory(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(fd)

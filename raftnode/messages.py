@@ -6,7 +6,7 @@ ignored, so that newer clients can speak to older nodes.
 
 Three families:
 
-* requests of clients: `put get delete peers status ping entries add_peer remove_peer`;
+* requests of clients: `put get delete peers status ping entries backup add_peer remove_peer`;
 * requests of members to each other: `hello` first, then `vote_request heartbeat data snapshot`;
 * answers, which carry the `type` of their request. A failure has `"data": false` (null for a read) and an
   `error` with one of `CODES`.
@@ -246,6 +246,18 @@ class Entries(Request, tag="entries", kw_only=True):
     last: Count = msgspec.field(name="to")
 
 
+class Backup(Request, tag="backup", kw_only=True):
+    """The next chunk of the whole state."""
+
+    name: ClassVar[str] = "backup"
+    transfer: Count = 0
+    """The number that the first answer gives; 0 to begin."""
+    seq: Count = 1
+    """Of the chunk that is wanted: 1, then one after the other."""
+    at_least: Count = 0
+    """Wait until the node has applied this commit_id."""
+
+
 class AddPeer(ClientRequest, tag="add_peer", kw_only=True):
     """Take a node as a learner, which becomes a voter by itself. A node that asks for itself says which one it is."""
 
@@ -415,11 +427,12 @@ class Snapshot(Request, tag="snapshot", kw_only=True):
 
 PeerRequest: TypeAlias = VoteRequest | Heartbeat | Data | TimeoutNow | Snapshot
 AnyRequest: TypeAlias = (
-    Put | Get | Delete | Peers | Status | Ping | Entries | ChangeRequest | Hello | VoteRequest | Heartbeat | Data
-    | TimeoutNow | Snapshot
+    Put | Get | Delete | Peers | Status | Ping | Entries | Backup | ChangeRequest
+    | Hello | VoteRequest | Heartbeat | Data | TimeoutNow | Snapshot
 )  # fmt: skip
 REQUEST_TYPES: Final = tuple(
-    t.name for t in (Put, Get, Delete, Peers, Status, Ping, Entries, AddPeer, RemovePeer, ReplacePeer, TransferLeader)
+    t.name
+    for t in (Put, Get, Delete, Peers, Status, Ping, Entries, Backup, AddPeer, RemovePeer, ReplacePeer, TransferLeader)
 )
 PEER_TYPES: Final = tuple(t.name for t in (Hello, VoteRequest, Heartbeat, Data, TimeoutNow, Snapshot))
 
@@ -500,6 +513,21 @@ class EntriesAnswer(Answer, tag="entries", kw_only=True):
     """As many of those asked for as are committed and go into one message, from the first on; may be none."""
     commit_id: Count = 0
     """What the node knows as committed."""
+
+
+class BackupAnswer(Answer, tag="backup", kw_only=True):
+    """A chunk of the state. Later values take the place of earlier ones; with the `end`, all is as of its commit_id."""
+
+    data: bool = True
+    cluster: str = ""
+    node: str = ""
+    transfer: Count = 0
+    seq: Count = 0
+    keys: Count = 0
+    """How many values the node has now: for a progress bar."""
+    records: list[SnapshotRecord] = []
+    gone: list[tuple[str, str]] = []
+    end: SnapshotEnd | UnsetType = UNSET
 
 
 class Members(Struct, omit_defaults=True, kw_only=True):
@@ -617,9 +645,9 @@ class Refusal(Answer, tag="error", kw_only=True):
 
 PeerAnswer: TypeAlias = VoteAnswer | HeartbeatAnswer | DataAnswer | TimeoutNowAnswer | SnapshotAnswer
 AnyAnswer: TypeAlias = (
-    PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | EntriesAnswer | AddPeerAnswer
-    | RemovePeerAnswer | ReplacePeerAnswer | TransferLeaderAnswer | HelloAnswer | VoteAnswer | HeartbeatAnswer
-    | DataAnswer | TimeoutNowAnswer | SnapshotAnswer | Refusal
+    PutAnswer | DeleteAnswer | GetAnswer | PeersAnswer | StatusAnswer | PingAnswer | EntriesAnswer | BackupAnswer
+    | AddPeerAnswer | RemovePeerAnswer | ReplacePeerAnswer | TransferLeaderAnswer | HelloAnswer | VoteAnswer
+    | HeartbeatAnswer | DataAnswer | TimeoutNowAnswer | SnapshotAnswer | Refusal
 )  # fmt: skip
 
 
@@ -642,6 +670,8 @@ def failure(kind: str, code: str, message: str, id: Id = UNSET) -> Answer:
             return PingAnswer(data=False, error=error, id=id)
         case "entries":
             return EntriesAnswer(data=False, error=error, id=id)
+        case "backup":
+            return BackupAnswer(data=False, error=error, id=id)
         case "add_peer":
             return AddPeerAnswer(data=False, error=error, id=id)
         case "remove_peer":

@@ -154,16 +154,37 @@ class Transfer:
             yield (record is not None) - (txn.get(key, db=self._store.states.db) is not None)
 
 
+class Pace:
+    """How fast a transfer goes: at the rate of the settings, and twice as fast with each further pass over what was
+    written meanwhile, so that it comes to an end."""
+
+    def __init__(self, settings: Settings, haste: int = 0) -> None:
+        """`haste`: how many times the speed is doubled from the beginning."""
+        self.haste = haste
+        self._settings = settings
+
+    def _doublings(self, transfer: Transfer) -> int:
+        return min(self.haste + max(0, transfer.passes - 1), _DOUBLINGS)
+
+    def chunk_bytes(self, transfer: Transfer) -> int:
+        """The size of the next chunk, about."""
+        size = self._settings.snapshot_chunk_bytes
+        return min(size << self._doublings(transfer), max(size, self._settings.batch_bytes))
+
+    def pause(self, transfer: Transfer, size: int) -> float:
+        """Seconds to wait after `size` bytes."""
+        return size / (self._settings.snapshot_bytes_per_s << self._doublings(transfer))
+
+
 class _Outgoing:
     """One transfer to one member. Invariant: `message` is the one chunk that was read and is not acknowledged."""
 
-    def __init__(self, store: Store, term: int, number: int, now: float, haste: int) -> None:
+    def __init__(self, store: Store, term: int, number: int, now: float, pace: Pace) -> None:
         self.transfer = Transfer(store)
+        self.pace = pace
         self.term = term
         self.number = number
         self.began = now
-        self.haste = haste
-        """How many times the speed was doubled before this transfer began."""
         self.due = now
         """When to send next."""
         self.message: Snapshot | None = None
@@ -172,11 +193,6 @@ class _Outgoing:
         self.sent_bytes = 0
         self.sent_keys = 0
         self.complaint = ""
-
-    @property
-    def doublings(self) -> int:
-        """How many times the speed was doubled."""
-        return min(self.haste + max(0, self.transfer.passes - 1), _DOUBLINGS)
 
 
 class Snapshots:
@@ -216,7 +232,8 @@ class Snapshots:
         if (before := self._outgoing.pop(peer, None)) is not None:
             before.transfer.close()
         self._numbers += 1
-        self._outgoing[peer] = _Outgoing(self._store, self._raft.term, self._numbers, now, haste)
+        pace = Pace(self._settings, haste)
+        self._outgoing[peer] = _Outgoing(self._store, self._raft.term, self._numbers, now, pace)
         self._log.info("snapshot_begun", peer=peer, transfer=self._numbers, commit_id=self._store.commit_id)
 
     def _send(self, peer: str, out: _Outgoing, now: float) -> None:
@@ -226,18 +243,18 @@ class Snapshots:
                 self._read(out)
             except Overflow:
                 self._log.warning("snapshot_begins_anew", peer=peer, why="too much is written meanwhile")
-                self._begin(peer, now, out.haste + 1)
+                self._begin(peer, now, out.pace.haste + 1)
                 return
             except StoreDamaged as damage:
                 self._complain(peer, out, str(damage))
-                self._begin(peer, now + self._settings.request_timeout_ms / 1000, out.haste)
+                self._begin(peer, now + self._settings.request_timeout_ms / 1000, out.pace.haste)
                 return
         assert out.message is not None, "it was read"
         self._transport.post(peer, out.message)
         out.due = now + self._settings.election_high_ms / 1000  # unless it is answered before
 
     def _read(self, out: _Outgoing) -> None:
-        raft, chunk = self._raft, out.transfer.next(self._chunk_bytes(out))
+        raft, chunk = self._raft, out.transfer.next(out.pace.chunk_bytes(out.transfer))
         out.seq += 1
         out.size = chunk.size
         out.message = Snapshot(
@@ -249,15 +266,6 @@ class Snapshots:
             gone=chunk.gone,
             end=chunk.end,
         )
-
-    def _chunk_bytes(self, out: _Outgoing) -> int:
-        size = self._settings.snapshot_chunk_bytes
-        return min(size << out.doublings, max(size, self._settings.batch_bytes))
-
-    def _pause(self, out: _Outgoing) -> float:
-        """Seconds from one chunk to the next, so that all transfers together keep to the rate."""
-        rate = self._settings.snapshot_bytes_per_s << out.doublings
-        return out.size * len(self._outgoing) / rate
 
     def take(self, peer: str, answer: SnapshotAnswer, now: float) -> None:
         """An answer of a member; one to another chunk than the one under way says nothing."""
@@ -272,9 +280,11 @@ class Snapshots:
             out.sent_bytes += out.size
             out.sent_keys += len(out.message.records)
             out.message = None
-            out.due = now + self._pause(out)
+            out.due = now + out.pace.pause(
+                out.transfer, out.size * len(self._outgoing)
+            )  # all together keep to the rate
         elif answer.reason == "restart":
-            self._begin(peer, now, out.haste)
+            self._begin(peer, now, out.pace.haste)
         else:
             out.due = now + self._settings.heartbeat_ms / 1000
             if answer.reason not in ("", "busy"):

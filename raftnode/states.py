@@ -61,9 +61,13 @@ class States:
         for namespace, key in chunk.gone:
             txn.delete(store_key(namespace, key), db=db)
 
+    def count_incoming(self, txn: lmdb.Transaction) -> int:
+        """How many values have come in."""
+        return int(txn.stat(self._env.db(self._other))["entries"])
+
     def install(self, txn: lmdb.Transaction, keys: int) -> bool:
         """Let what has come in be the state from this transaction on; false when it lacks keys or has too many."""
-        if txn.stat(self._env.db(self._other))["entries"] != keys:
+        if self.count_incoming(txn) != keys:
             return False
         self.current = self._other
         return True

@@ -209,8 +209,13 @@ class Store:
         """Make an empty store a member of the cluster of `members`, or check that it is this node's already.
 
         The first membership is fixed here for good: later starts take it from the store, whatever they are given.
-        Raises StoreForeign when the directory belongs to a node at another address.
+        Raises StoreForeign when the directory belongs to a node at another address, or waits for the rest of a backup.
         """
+        if self.cluster_id is None and self.incoming is not None:
+            raise StoreForeign(
+                f"a restore into {self.data_dir} was not finished: run it again (`raftnode restore`), or empty the "
+                "directory to start as a new node"
+            )
         if self.cluster_id is None:
             membership = Membership.founding([address, *members]).bind(address, self.node_id)
             self.journal.found(membership)
@@ -239,6 +244,28 @@ class Store:
         self.journal.found(membership)
         self.cluster_id, self.address = cluster, address
         self.write()
+
+    def take_restored(self, chunk: Snapshot) -> None:
+        """Put away a part of a backup, in a store that is not founded (see `archive`). Durable when it returns."""
+        assert self.cluster_id is None, "what a node has is never replaced by a backup"
+        self.incoming = Incoming(chunk.term, chunk.transfer, chunk.seq, is_over=False)
+        self.write(None, chunk)
+
+    def found_restored(self, cluster: str, address: str, last: Snapshot) -> None:
+        """With the `last` chunk, which has only an end, be the first node of a new cluster that begins with the backup,
+        in one transaction. Raises StoreDamaged, and has changed nothing, when keys are missing or too many."""
+        end = last.end
+        assert end is not UNSET, "the last chunk has an end"
+        with self._env.read() as txn:
+            keys = self.states.count_incoming(txn)
+        if keys != end.keys:
+            raise StoreDamaged(f"the backup has {keys} keys, and says that it has {end.keys}")
+        self.ballot = Ballot(end.id.term)
+        self.journal.found(Membership.founding([address]).bind(address, self.node_id))
+        self.cluster_id, self.address = cluster, address
+        self.incoming = Incoming(last.term, last.transfer, last.seq)
+        has_installed = self.write(None, last)
+        assert has_installed, "its keys were counted"
 
     def bind(self, address: str, node: str) -> None:
         """Remember the node id of a member that was met for the first time; durable with the next `write`."""

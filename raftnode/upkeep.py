@@ -1,20 +1,26 @@
-"""The commands of `raftnode` that work on the directory of a stopped node. Layer 5. What they do is in the modules that
-they are called like."""
+"""The commands of `raftnode` that an operator needs now and then: on the directory of a stopped node, and for backups.
+Layer 5. What they do is in `recover` and `archive`."""
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import click
 
-from raftnode.config import canonical_address
+from raftnode.archive import restore as restore_file
+from raftnode.archive import take
+from raftnode.config import DEFAULT_ADDRESS, canonical_address
 from raftnode.errors import ConfigError
+from raftnode.output import progress
 from raftnode.recover import Plan, plan
 from raftnode.recover import recover as recover_directory
 
 _KEYS_SHOWN = 10
+_STEPS = 1000
+"""Of a progress bar."""
 
 
 def addresses(text: str) -> list[str]:
@@ -74,4 +80,54 @@ def _told(agreed: Plan) -> Iterator[str]:
     )
 
 
-COMMANDS = [recover]
+@click.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.option("--node", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", envvar="RAFTNODE_NODE",
+              help="Node to take it from: any member.")  # fmt: skip
+@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.001), metavar="SECONDS",
+              help="Longest time for one answer of the node.")  # fmt: skip
+def backup(file: Path, node: str, timeout: float) -> None:
+    """Take a backup of a live cluster into FILE: all values, as of one commit_id.
+
+    It has every write that was acknowledged before the command began. The nodes go on serving meanwhile. FILE is lines
+    of JSON, with a checksum for each value and one for all; it gets its name when it is whole.
+    """
+    with _progress("backup") as advance:
+        end = take(canonical_address(node.split(",")[0]), file, timeout=timeout, advance=advance)
+    size = file.stat().st_size
+    click.echo(f"{file}: {end.keys} keys as of commit_id {end.commit_id} (term {end.term}), {size} bytes")
+
+
+@click.command()
+@click.argument("file", metavar="FILE", type=click.Path(path_type=Path))
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--ip", default=DEFAULT_ADDRESS, show_default=True, metavar="HOST:PORT", envvar="RAFTNODE_IP",
+              help="Address of the new node, as `raftnode serve` will be given it.")  # fmt: skip
+def restore(file: Path, directory: Path, ip: str) -> None:
+    """Make DIR, which must be empty, the data directory of a new node with what is in the backup FILE.
+
+    The node is the only one of a new cluster; others join it with --join. The whole file is checked first. A restore
+    that is cut off can be run again.
+    """
+    address = canonical_address(ip)
+    with _progress("restore") as advance:
+        cluster, end = restore_file(file, directory, address, advance=advance)
+    click.echo(f"{directory}: node at {address}, cluster {cluster}: {end.keys} keys as of commit_id {end.commit_id}")
+
+
+@contextlib.contextmanager
+def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, if that is a terminal; told how much is done, of how much."""
+    shown = 0
+    with progress(_STEPS, label) as advance:
+
+        def go_on(done: int, total: int) -> None:
+            nonlocal shown
+            steps = _STEPS * done // max(total, 1)
+            advance(max(0, steps - shown))
+            shown = max(shown, steps)
+
+        yield go_on
+
+
+COMMANDS = [recover, backup, restore]

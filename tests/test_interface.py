@@ -302,6 +302,7 @@ MESSAGES: dict[str, dict[str, Any]] = {
     "timeout_now": {"term": 1, "leader": "a:1"},
     "status": {},
     "entries": {"from": 1, "to": 1},
+    "backup": {},
 }
 
 

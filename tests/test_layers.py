@@ -18,11 +18,12 @@ LAYERS: dict[str, set[str]] = {
     "2 store": {"compaction", "environment", "primary", "states", "store"},
     "2 transport": {"blocking", "connections", "transport"},
     "2 log": {"log"},
-    "3 driver": {"election", "handshake", "members", "requests", "snapshots"},
+    "3 driver": {"backups", "election", "handshake", "members", "requests", "snapshots"},
     "4 node": {"client", "joining", "raftnode"},
     "5 faces": {
         "__main__",
         "about",
+        "archive",
         "chronology",
         "cli",
         "comparing",

@@ -354,12 +354,12 @@ def test_requests_come_back(data: st.DataObject) -> None:
         "old": text, "new": text, "to": text, "force": st.booleans(), "transfer": st.booleans(), "membership": entry_id,
         "reminder": st.just(UNSET) | st.builds(messages.Reminder, node=text, term=count, held=entry_id, vote=text),
         "staged": st.builds(lambda a, t, c: messages.Staged(address=a, term=t, commit_id=c), text, count, count),
-        "seq": count, "gone": st.lists(st.tuples(text, text), max_size=2),
+        "seq": count, "at_least": count, "gone": st.lists(st.tuples(text, text), max_size=2),
         "records": st.lists(st.builds(messages.SnapshotRecord, text, text, count, count, count, count, count32, raw)),
         "end": st.just(UNSET)
         | st.builds(messages.SnapshotEnd, id=entry_id, checksum=count32, keys=count, membership=raw),
     }  # fmt: skip
-    if kind is messages.Snapshot:
+    if kind in (messages.Snapshot, messages.Backup):
         known["transfer"] = count
     written = kind(**{name: data.draw(known[name], label=name) for name in kind.__struct_fields__})
     sent = encode(written)

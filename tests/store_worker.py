@@ -146,6 +146,22 @@ def hold(directory: Path, argument: str) -> None:  # noqa: ARG001
     store.close()
 
 
+def obey(directory: Path, argument: str) -> None:
+    """Write as many committed entries as each line of standard input says, and tell where the log begins then."""
+    store = Store("database", directory, settings=short(*argument.split(",")))
+    store.found(ADDRESS, MEMBERS)
+    for line in sys.stdin:
+        for _ in range(int(line)):
+            number = store.journal.last.id.commit_id + 1
+            command = PutCommand(namespace="default", key=f"key-{number % 7}", value=Raw(b"%d" % number))
+            store.journal.append(1, number, encode_command(command))
+            store.write(store.ballot if store.ballot.term else store.ballot.in_term(1).vote(ADDRESS))
+            store.apply(store.journal.entries(number, number, GIB))
+        store.write()
+        say(store.journal.first)
+    store.close()
+
+
 def short(*limits: str) -> Settings:
     """Settings with a log of so many entries and bytes."""
     if not limits:
@@ -186,7 +202,7 @@ def read_everything(store: Store) -> str:
 
 def main() -> None:
     program, directory, *argument = sys.argv[1:]
-    programs = {"write": write, "fail": fail, "found": found, "hold": hold, "read": read, "check": check}
+    programs = {"write": write, "fail": fail, "found": found, "hold": hold, "read": read, "check": check, "obey": obey}
     programs[program](Path(directory), argument[0] if argument else "")
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,11 +37,15 @@ from test_store import (
 
 from raftnode import records
 from raftnode.cli import cli
+from raftnode.comparison import Parting, part
 from raftnode.config import GIB, KIB
 from raftnode.errors import StoreDamaged, StoreFailed, StoreInUse
+from raftnode.inspection import Directory, LogReading
 from raftnode.messages import GENESIS, EntryId
 from raftnode.shrink import shrink
 from raftnode.store import Store
+from raftnode.survey import survey
+from raftnode.verification import verify
 
 Opened = Callable[..., Store]
 opened = test_store.opened
@@ -314,3 +319,79 @@ def test_kill_9_leaves_the_old_file_or_the_new_one(tmp_path: Path, seed: int) ->
         assert not copy.exists()
         sizes.add((directory / records.DATA_FILE).stat().st_size)
     assert len(OnDisk(directory).values) == 1500
+
+
+# --- reading meanwhile ----------------------------------------------------------------------------------------
+
+
+class Elsewhere:
+    """A store in another process, which keeps ten entries of its log."""
+
+    def __init__(self, directory: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(Path(store_worker.__file__)), "obey", str(directory), f"10,{GIB}"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+
+    def write(self, count: int) -> int:
+        """Have so many entries written; where the log begins then."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"%d\n" % count)
+        self._process.stdin.flush()
+        return int(hear(self._process))
+
+    def close(self) -> None:
+        self._process.communicate(timeout=30)
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Iterator[Elsewhere]:
+    other = Elsewhere(tmp_path)
+    yield other
+    other.close()
+
+
+@pytest.mark.parametrize("written", [30, 6, 3, 1])
+def test_a_reader_goes_on_where_the_log_begins(tmp_path: Path, elsewhere: Elsewhere, written: int) -> None:
+    """Entries are deleted while somebody reads the log: they are neither damage nor waited for. What comes next is the
+    first that is kept, checked against the base."""
+    elsewhere.write(50)
+    with Directory(tmp_path, GIB) as directory:
+        seen, first = [], 41
+        for record in LogReading(directory, 1).upto(10**6):
+            assert not record.damage
+            seen.append(record.commit_id)
+            if len(seen) == 3:
+                first = elsewhere.write(written)
+                directory.release()
+        assert first == 41 + written
+        assert seen == [41, 42, 43, *range(max(44, first), 51 + written)]
+
+
+def test_a_comparison_knows_where_logs_begin(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    """Two copies of one node: the older ends before the newer begins, and parts from it nowhere; the newer holds all
+    that the older has committed."""
+    elsewhere.write(50)
+    older = Path(shutil.copytree(tmp_path, tmp_path.parent / f"{tmp_path.name}-older"))
+    elsewhere.write(100)
+    elsewhere.close()
+    ours, theirs = (survey(path, GIB, lambda _: None) for path in (tmp_path, older))
+    assert (ours.first, ours.last, theirs.first, theirs.last) == (141, 150, 41, 50)
+    for one, other in ((ours, theirs), (theirs, ours)):
+        assert part(one, other) == Parting(50, None)
+    base = ours.mark(140)
+    assert base is not None
+    assert (base.term, base.checksum) == (1, ours.base.checksum)
+    assert ours.holds(EntryId(1, 30))
+    assert not theirs.holds(EntryId(1, 100))
+
+
+def test_verification_says_what_a_log_that_begins_late_can_not_tell(tmp_path: Path, elsewhere: Elsewhere) -> None:
+    """The values are held against their own checksums, not against a log that does not tell all."""
+    elsewhere.write(50)
+    problems: list[object] = []
+    verified = verify(tmp_path, GIB, problems.append, lambda _: None)
+    assert (problems, verified.replayed_to, verified.values) == ([], None, 7)
+    assert "begins at 41" in verified.why_not_replayed

@@ -340,6 +340,10 @@ def status(node: str, timeout: float, as_json: bool) -> None:
         elif name == "storage":
             sizes = ", ".join(f"{key} {_size(value)}" for key, value in fact.items() if key != "full")
             click.echo(f"{name:12} {sizes}" + ("; FULL: writes are refused" if fact["full"] else ""))
+        elif name == "snapshots":
+            for address, sent in fact.items():
+                size = f"{sent['keys']} keys, {_size(sent['bytes'])} so far"
+                click.echo(f"{'snapshot':12} on its way to {address}: {size}")
         elif isinstance(fact, dict):
             click.echo(f"{name:12} " + ", ".join(f"{key} {value}" for key, value in fact.items()))
         else:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import msgspec
 
 from raftnode.consensus.membership import Membership
-from raftnode.errors import RequestError, StoreForeign, Unavailable, error_for
+from raftnode.errors import NotCommitted, RequestError, StoreForeign, Unavailable, error_for
 from raftnode.messages import Members
 from raftnode.store import Store
 from raftnode.transport import Transport
@@ -54,8 +54,8 @@ def _ask(store: Store, transport: Transport, members: Sequence[str]) -> dict[str
             if failure is None:
                 assert answer is not None, "no failure: there is an answer"
                 return answer
-            if failure.code not in _LATER:
-                raise failure
+            if failure.code not in _LATER and not isinstance(failure, NotCommitted):
+                raise failure  # to an open outcome the same question gets the answer: it is taken, or is taken now
             failures.append(failure)
         if time.monotonic() + _PAUSE_S >= deadline:
             why = "; ".join(str(failure) for failure in failures)

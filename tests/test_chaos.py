@@ -27,6 +27,7 @@ from click.testing import CliRunner
 
 import raftnode
 from raftnode import records
+from raftnode.consensus.journal import Mark
 from raftnode.errors import error_for
 from raftnode.messages import PutCommand, chain, decode_command, encode_command
 from raftnode.testing import chaos, workload
@@ -403,6 +404,29 @@ def test_the_judge_finds_what_is_planted(damaged: Path, plant: Plant, kinds: set
     assert kinds <= {problem.kind for problem in findings.problems}, told
     assert named in told
     assert not findings.is_good
+
+
+def compact(bundle: Path, node: str, upto: int) -> None:
+    """Take the first entries of a log away, as compaction does."""
+    with _written(bundle, node) as (txn, database):
+        log, meta = database(records.LOG), database(records.META)
+        entry = records.unpack_entry(upto, bytes(txn.get(records.log_key(upto), db=log)))
+        for commit_id in range(1, upto + 1):
+            txn.delete(records.log_key(commit_id), db=log)
+        base = Mark(entry.id, entry.checksum)
+        txn.put(b"base", records.pack_meta(b"base", base), db=meta)
+
+
+@pytest.mark.timeout(120)
+def test_the_judge_knows_logs_that_begin_late(damaged: Path) -> None:
+    """What one log does not tell any more is taken from another, and the judgement is the same; what no log tells can't
+    be judged, and that is said."""
+    nodes = _nodes(damaged)
+    compact(damaged, nodes[0], 100)
+    compact(damaged, nodes[1], 20)
+    assert judge(Evidence.load(damaged)).problems == []
+    compact(damaged, nodes[2], 50)
+    assert {problem.kind for problem in judge(Evidence.load(damaged)).problems} >= {"log_begins_late"}
 
 
 # --- its parts ------------------------------------------------------------------------------------------------

@@ -14,7 +14,8 @@ What a run leaves is a *bundle*, a directory:
 
 What must hold, and is looked at for each node by itself:
 
-* the directory can be read, nothing in it is damaged, the log has every position from 1 on and its terms never fall;
+* the directory can be read, nothing in it is damaged, the log has every position from where it begins, and its terms
+  never fall; what was before, which was committed, is taken from the log of another node;
 * every acknowledged write is in the log at the commit_id that was told, committed, as it was asked for;
 * every write in the log was asked for, by exactly one operation, is in it once, and was not answered as not executed;
 * the values in the namespaces are what the log makes of them, replayed here by rules of our own;
@@ -28,10 +29,11 @@ log says of its commit_id; and the history is linearizable, with every open outc
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -136,6 +138,12 @@ class _LogLine(Struct):
         return self.kind, self.namespace, self.key, self.value
 
 
+class _InfoLine(Struct):
+    """A line of `raftnode-inspect info --json`."""
+
+    commit_id: int | None = None
+
+
 class _ValueLine(Struct):
     """A line of `raftnode-inspect state --json`."""
 
@@ -213,8 +221,10 @@ class _Judge:
         self._name_writes()
         longest: list[_LogLine] = []
         staged: set[str | None] = set()
-        for node in self._evidence.nodes:
-            log = self._read_log(node)
+        logs = {node: self._read_log(node) for node in self._evidence.nodes}
+        whole = self._whole(logs.values())
+        for node, kept in logs.items():
+            log = [*self._before(node, kept, whole), *kept]
             committed = [line for line in log if line.state == "committed"]
             self._check_node(node, log, committed)
             longest = max(longest, committed, key=len)
@@ -254,6 +264,21 @@ class _Judge:
             if line.record == "entry":
                 lines.append(line)
         return lines
+
+    def _whole(self, logs: Iterable[list[_LogLine]]) -> list[_LogLine]:
+        """All that was committed, from position 1 on, as far as any log tells."""
+        found = {line.commit_id: line for log in logs for line in log if line.state == "committed"}
+        return [found[position] for position in itertools.takewhile(found.__contains__, itertools.count(1))]
+
+    def _before(self, node: str, kept: list[_LogLine], whole: list[_LogLine]) -> list[_LogLine]:
+        """What was in a node's log before it begins: it was committed, so another node's log tells it."""
+        if kept:
+            first = (kept[0].commit_id or 1) - 1
+        else:
+            first = next((line.commit_id or 0 for line in self._inspected(node, _InfoLine, "info")), 0)
+        if first > len(whole):
+            self._problem("log_begins_late", node, f"no log tells what came before {first + 1}: {len(whole) + 1}, say")
+        return whole[:first]
 
     def _inspected(self, node: str, type: type[S], *command: str) -> Iterator[S]:
         """What `raftnode-inspect` prints of a node. That it fails is a problem of the node."""

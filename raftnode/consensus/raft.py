@@ -133,7 +133,8 @@ class Raft:
         self._wall_ms = 0
         self._heard_leader_at = float("-inf")
         self._matched = 0  # this log equals the current leader's up to here; known anew with each leader
-        self._led: tuple[str, int] = (me, 0)  # who led last, and up to where it said that what we share is committed
+        self._led: tuple[str, str | None, int] = (me, None, 0)
+        # who led last, which node that was, and up to where it said that what we share is committed
         self._votes: set[str] = set()
         self._confirmed_reads: list[tuple[int, object]] = []  # wait only for their commit_id to be applied
         self._first_own = 0  # commit_id of this leader's no-op
@@ -441,7 +442,10 @@ class Raft:
                 "no majority, and nothing could be written until more of them come back; with force it is done "
                 "nevertheless",
             )
-        return self._append(encode_command(command))
+        self.remember()
+        commit_id = self._append(encode_command(command))
+        self._meet_members()
+        return commit_id
 
     def _has_live_majority(self, command: MembersCommand) -> bool:
         """A change that gives or takes no vote can't make it worse."""
@@ -833,8 +837,9 @@ class Raft:
     def remember(self) -> Witnesses:
         """What this member knows of the promises of the others, as of now. What it knows of their logs is added only
         here, as it is asked for seldom: of the members that this one leads, and of the one that led it last."""
-        leader, position = self._led
-        if self._is_news(position, self.witnesses.of(leader).floor):
+        leader, node, position = self._led
+        is_same = node == self.membership.node_of(leader)  # else its disk was lost since, and with it what it held
+        if is_same and self._is_news(position, self.witnesses.of(leader).floor):
             self.witnesses.add(leader, Witness(floor=self.journal.id_at(position)))
         for peer, progress in self.progress.items():
             known, match, position = self.witnesses.of(peer), progress.match, min(progress.match, self.commit_id)
@@ -866,7 +871,8 @@ class Raft:
         if isinstance(message, TimeoutNow | Snapshot):
             return
         if message.leader == self.leader and message.term == self.term:
-            self._led = (message.leader, min(message.commit_id, self._matched))
+            node = self.membership.node_of(message.leader)
+            self._led = (message.leader, node, min(message.commit_id, self._matched))
 
     # --- the way out ---
 

@@ -187,6 +187,8 @@ class SimulatedLink:
         self.is_ready = False
         self.opened_at = owner.world.now
         self.other: SimulatedConnection | None = None
+        self.node = ""
+        """Which node is at the other end. No answer outlives it: the connection was to that one."""
         self._next_id = 0
         self._waiting: dict[int, tuple[float, Arrival | None]] = {}
 
@@ -234,6 +236,8 @@ class SimulatedLink:
 
     def take(self, frame: bytes, is_stray: bool = False) -> None:
         """An answer arrives. One that is repeated, or that its link did not live to see, reaches the consensus too."""
+        if self.other is not None and self.other.owner.node.new_id != self.node:
+            return
         answer = decode_answer(frame)
         _, arrival = self._waiting.pop(cast(int, answer.id), (0.0, None))
         if isinstance(answer, HelloAnswer):
@@ -343,7 +347,7 @@ class Session:
 
     client: str
     owner: SimulatedTransport
-    take: Callable[[bytes], None]
+    take: Callable[[bytes], object]
     """Called with the answer when it arrives at the client."""
     end: Callable[[], None]
     """Called when the connection ended before that."""
@@ -476,6 +480,7 @@ class SimulatedTransport(Transport):
                 return
             link = SimulatedLink(self, peer)
             link.other = SimulatedConnection(other, link)
+            link.node = other.node.new_id
             other.connections.append(link.other)
             self.links[peer] = cast(Link, link)
             link.request(self.hello(peer))

@@ -7,6 +7,8 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Final
 
+from raftnode.testing.churn import KINDS as CHURN
+from raftnode.testing.churn import Churn
 from raftnode.testing.fabric import Fabric
 from raftnode.testing.network import CrashPoint
 from raftnode.testing.simulated import AMPLE, SimulatedNode, WriteFault
@@ -51,9 +53,11 @@ class Faults:
         weights: Mapping[str, float],
         pause: float,
         span: float,
+        churn: Churn,
     ) -> None:
         """`weights`: by kind; a kind that is missing does not happen. `pause`: seconds between two faults, on average;
-        `span`: seconds that one lasts, on average."""
+        `span`: seconds that one lasts, on average. `churn` does what changes the members."""
+        self._churn = churn
         self.counts: Counter[str] = Counter()
         self._world = world
         self._fabric = fabric
@@ -89,7 +93,7 @@ class Faults:
         self.counts[kind] += 1
         self._world.mark(b"fault " + kind.encode())
         self._world.tell(f"--- {kind}")
-        getattr(self, kind)()
+        getattr(self._churn if kind in CHURN else self, kind)()
         self._world.after(self._chance.expovariate(1 / self._pause), self._next)
 
     def _later(self, undo: Callable[[], object]) -> None:
@@ -111,7 +115,7 @@ class Faults:
 
     def _start_later(self, node: SimulatedNode) -> None:
         def start() -> None:
-            if not node.is_up:
+            if not node.is_up and not node.is_uninvited:
                 node.start()
                 if not node.is_up:
                     self._start_later(node)

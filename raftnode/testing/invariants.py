@@ -62,6 +62,8 @@ class Watched(Protocol):
     name: str
 
     @property
+    def node(self) -> str: ...
+    @property
     def disk(self) -> Durable: ...
     @property
     def is_up(self) -> bool: ...
@@ -110,6 +112,7 @@ class Invariants:
         self._votes: dict[tuple[str, int], str] = {}
         self._pre_votes: dict[tuple[str, int], set[str]] = {}  # who granted one, by candidate and term
         self._checksums: dict[EntryId, int] = {}
+        self._lost: dict[tuple[str, str], Durable] = {}  # what was on disks that are gone, by address and node
         self._transfers: set[tuple[str, int]] = set()  # who was asked by its leader to campaign for this term
         self._looks = {name: Look(Ballot(), 0, 0, 0) for name in members}
         self._logs: dict[str, tuple[int, Entry | None]] = dict.fromkeys(members, (0, None))
@@ -121,6 +124,22 @@ class Invariants:
         self._logs[member.name] = (0, None)
         for name, term in [vote for vote in self._votes if vote[0] == member.name]:
             del self._votes[name, term]
+
+    def lost(self, member: Watched) -> None:
+        """The disk of `member` is going to be lost. Others may count on it for a while: it did hold what they think."""
+        self._lost[member.name, member.node] = member.disk
+
+    def _disk_of(self, name: str, node: str | None) -> Durable | None:
+        """The disk of the node that somebody takes for the member `name`, also if it is lost by now."""
+        there = self._members.get(name)
+        if there is not None and node in ("", None, there.node):
+            return there.disk
+        return self._lost.get((name, node or ""))
+
+    def _copies(self, membership: Membership, id: EntryId) -> list[str]:
+        """The voters that have an entry on disk, or had it until the disk was lost."""
+        disks = {name: self._disk_of(name, node) for name, node in membership.voters.items()}
+        return [name for name, disk in disks.items() if disk is not None and disk.holds(id)]
 
     @property
     def elections(self) -> int:
@@ -207,10 +226,13 @@ class Invariants:
     def _check_told(self, member: Watched, commit_id: int) -> None:
         """A client is told of what is committed up to here: it may be what a majority has on disk, and no more."""
         if commit_id > len(self.chosen):
-            voters = _membership(member).voters
-            logs = [other.disk.entries for name, other in self._members.items() if name in voters]
-            copies = Counter(log[commit_id - 1].term for log in logs if len(log) >= commit_id)
-            assert 2 * max(copies.values(), default=0) > len(voters), (
+            for membership in self._memberships(member):
+                disks = [self._disk_of(name, node) for name, node in membership.voters.items()]
+                logs = [disk.entries for disk in disks if disk is not None]
+                copies = Counter(log[commit_id - 1].term for log in logs if len(log) >= commit_id)
+                if 2 * max(copies.values(), default=0) > len(membership.voters):
+                    return
+            raise AssertionError(
                 f"disk before words: {member.name} tells a client of {commit_id}, which is on no majority of disks"
             )
 
@@ -297,11 +319,15 @@ class Invariants:
     def _check_majority(self, member: Watched, entry: Entry) -> None:
         """An entry is applied first when a majority of the voters, as `member` knows them, has it on disk (thesis 3.5,
         10.2.1)."""
-        copies = [name for name, other in self._members.items() if other.disk.holds(entry.id)]
-        before = self._looks[member.name].membership  # it may have changed after the commit, in the same turn
-        assert _is_majority(_membership(member), copies) or (before is not None and _is_majority(before, copies)), (
-            f"a commit is on a majority of disks: {entry.id} is on those of {copies} only"
+        found = [(known, self._copies(known, entry.id)) for known in self._memberships(member)]
+        assert any(_is_majority(known, copies) for known, copies in found), (
+            f"a commit is on a majority of disks: {entry.id} is on those of {found[0][1]} only"
         )
+
+    def _memberships(self, member: Watched) -> list[Membership]:
+        """By which a commit of this turn may have been counted: the members may have changed after it."""
+        before = self._looks[member.name].membership
+        return [_membership(member), *([] if before is None else [before])]
 
     def _check_leader(self, member: Watched) -> None:
         raft = member.raft
@@ -325,20 +351,20 @@ class Invariants:
             entry = log[raft.commit_id - 1]
             assert entry.term == raft.term, f"commit by counting: {name} leads term {raft.term}, commits {entry.id}"
         for peer, progress in raft.progress.items():
-            match, there = progress.match, self._members.get(peer)
-            known = before.matches.get((peer, raft.membership.node_of(peer)), 0)
+            match, node = progress.match, raft.membership.node_of(peer)
+            known = before.matches.get((peer, node), 0)
             assert before.led_term != raft.term or match >= known, (
                 f"match never falls: {name} had {known} of {peer}, has {match}"
             )
-            if match:
-                assert there is not None, f"match is on disk: {name} counts {match} of {peer}, which never was"
-            if (
-                match and there is not None and there.disk.ballot.term <= raft.term
-            ):  # the leader of a later term may have cut it
+            if not match:
+                continue
+            disk = self._disk_of(peer, node)
+            assert disk is not None, f"match is on disk: {name} counts {match} of {peer}, which never was"
+            if disk.ballot.term <= raft.term:  # the leader of a later term may have cut it
                 assert match <= len(log), f"match is on disk: {name} has {len(log)} and counts {match} of {peer}"
-                assert there.disk.holds(log[match - 1].id), (
+                assert disk.holds(log[match - 1].id), (
                     f"match is on disk: {name} leads term {raft.term} and counts {match} of {peer}, which ends with "
-                    f"{there.disk.last.id}"
+                    f"{disk.last.id}"
                 )
 
     def _check_reads(self, member: Watched) -> None:

@@ -197,6 +197,8 @@ class Member:
 
     def __init__(self, name: str, disk: Disk, settings: Settings, chance: random.Random, now: float) -> None:
         self.name = name
+        self.node = ""
+        """Its node id; pure members have none."""
         self.changes_members = False
         """As leader it takes the next step of a change of the members by itself, as a driver lets it."""
         self.disk = disk

@@ -7,6 +7,7 @@ from __future__ import annotations
 import enum
 import itertools
 import random
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -22,20 +23,23 @@ from raftnode.consensus.raft import Raft
 from raftnode.consensus.transfer import Incoming
 from raftnode.election import Election
 from raftnode.errors import StoreFailed
+from raftnode.mailbox import Arrival
 from raftnode.messages import (
     GENESIS,
+    AnyRequest,
     DeleteCommand,
     Entry,
     EntryId,
     PutCommand,
     Snapshot,
     SnapshotAnswer,
+    decode_answer,
     decode_command,
     store_key,
 )
 from raftnode.namespaces import Outcome
 from raftnode.store import Store
-from raftnode.testing.fabric import Fabric, SimulatedTransport, describe
+from raftnode.testing.fabric import Fabric, Session, SimulatedTransport, describe
 from raftnode.testing.invariants import Invariants
 from raftnode.testing.network import CrashPoint, Reads
 from raftnode.testing.world import World
@@ -109,6 +113,7 @@ class Mirror:
             self._install(base.id.commit_id, history, name)
             changed_from = base.id.commit_id + 1
         self.ballot = _fact(txn, meta, b"ballot", Ballot) or Ballot()
+        self.membership = (_fact(txn, meta, b"memberships", list[Membership]) or [self.membership])[-1]
         commit_id: int = _fact(txn, meta, b"commit_id", int) or 0
         del self.entries[changed_from - 1 :]
         self.entries += history[changed_from - 1 : base.id.commit_id]  # compacted as soon as they were there
@@ -266,8 +271,12 @@ class SimulatedNode:
         world: World,
         fabric: Fabric,
         turn_delay: float,
+        is_guest: bool = False,
     ) -> None:
-        """`turn_delay`: seconds that may pass, at the most, between what arrives and the turn that takes it."""
+        """`turn_delay`: seconds that may pass, at the most, between what arrives and the turn that takes it. A guest is
+        no founder: with an empty disk it starts only when it was told of the `members` that took it (`join`)."""
+        self.is_guest = is_guest
+        self._invitation: tuple[str, Membership] | None = None
         self.name = name
         self.directory = directory / name.partition(":")[0]
         self.settings = settings
@@ -302,6 +311,11 @@ class SimulatedNode:
         self._election: Election | None = None
 
     # --- what others look at ---
+
+    @property
+    def node(self) -> str:
+        """The id of the node that this directory makes."""
+        return self.new_id
 
     @property
     def is_up(self) -> bool:
@@ -465,9 +479,43 @@ class SimulatedNode:
 
     # --- life and death ---
 
+    @property
+    def is_uninvited(self) -> bool:
+        """A guest that nobody has taken yet: it can't start."""
+        return self.is_guest and self._invitation is None
+
+    def join(self, cluster: str, membership: Membership) -> None:
+        """A guest was taken: it starts as a member of this cluster."""
+        self._invitation = (cluster, membership)
+        self.disk = Mirror(membership)
+        self.start()
+
+    def wipe(self) -> None:
+        """kill -9, and the disk is lost: with the next start this is another node, which remembers nothing."""
+        if self.is_up:
+            self.crash()
+        self.world.tell(f"{self.name} has lost its disk")
+        if self._invariants is not None:
+            self._invariants.lost(self)
+        shutil.rmtree(self.directory)
+        self.new_id = f"{self._chance.getrandbits(64):016x}"
+        self._invitation = None
+        self.disk = Mirror(Membership.founding([self.name, *self._members]))
+        self.applied = []
+        if self._invariants is not None:
+            self._invariants.joined(self)
+
+    def ask(self, message: AnyRequest, take: Callable[[Any], object]) -> None:
+        """An administrator's request at this node; `take` gets the answer, if there is one."""
+        session = Session("administrator", self.transport, lambda frame: take(decode_answer(frame)), lambda: None)
+        self.transport.sessions.append(session)
+        self.transport.receive([Arrival(message, session)], limited=True)
+
     def start(self) -> None:
         """Start from the directory alone."""
         assert self._election is None, f"{self.name} is up already"
+        if self.is_uninvited:
+            return
         self.world.mark(b"start " + self.name.encode())
         self.world.tell(f"{self.name} starts")
         self.starts += 1
@@ -475,6 +523,8 @@ class SimulatedNode:
         self._turn_planned, self._timer = False, next(self._timers)
         self._busy_until, self._followed = 0.0, False
         store = SimulatedStore(self)
+        if store.cluster_id is None and self._invitation is not None:
+            store.adopt(self.name, *self._invitation)
         store.compare()
         self.applied = self.disk.entries[: self.disk.commit_id]
         transport = SimulatedTransport(self, self.fabric)

@@ -28,6 +28,8 @@ from msgspec import Struct
 
 from raftnode.config import KIB, MIB, Settings
 from raftnode.messages import DeleteCommand, PutCommand, decode_command, decode_object
+from raftnode.testing.churn import KINDS as CHURN
+from raftnode.testing.churn import Churn
 from raftnode.testing.clients import SimulatedClient
 from raftnode.testing.fabric import LATEST, Fabric, SimulatedTransport, Weather
 from raftnode.testing.faults import KINDS, Faults
@@ -37,6 +39,8 @@ from raftnode.testing.linearizability import judge
 from raftnode.testing.simulated import SimulatedNode
 from raftnode.testing.world import World
 
+_FIRST_CHANGING: Final = 100
+"""Below this seed the members stay: planted faults are recorded with seeds of that sort."""
 _SHARED_MEMORY: Final = Path("/dev/shm")
 
 
@@ -79,6 +83,7 @@ class Options(Struct, frozen=True, kw_only=True):
         calm = chance.random() < 0.3
         short = random.Random(f"short logs {seed}").choice  # of its own, so that older seeds draw what they drew
         kinds = {kind: weight for kind, weight in KINDS.items() if chance.random() < 0.6} or dict(KINDS)
+        kinds |= cls._draw_churn(seed)
         return cls(
             seed=seed,
             nodes=pick([1, 2, 3, 3, 3, 3, 4, 5, 5]),
@@ -130,6 +135,15 @@ class Options(Struct, frozen=True, kw_only=True):
             fault_span=pick([0.3, 1, 3]),
             faults=kinds,
         )
+
+    @staticmethod
+    def _draw_churn(seed: int) -> dict[str, float]:
+        """In two thirds of the seeds members come and go."""
+        chance = random.Random(f"churn {seed}")
+        if seed < _FIRST_CHANGING or chance.random() < 1 / 3:
+            return {}
+        factor = chance.choice([1.0, 4.0])
+        return {kind: factor * weight for kind, weight in CHURN.items() if chance.random() < 0.7}
 
     def lines(self) -> list[str]:
         """For people: each option, settings only where they differ from the defaults."""
@@ -198,6 +212,9 @@ class Simulation:
         self._election_s = options.settings.election_high_ms / 1000
         self._mended_at = 0.0
         self._clients: list[SimulatedClient] = []
+        self._directory = Path()
+        self._names: list[str] = []  # of the nodes that clients know
+        self._churn = Churn(self.world, self.nodes, self._new_node, self._election_s)
 
     def run(self) -> Report:
         """Both phases and the judgement. Raises AssertionError, or whatever the product raised."""
@@ -220,10 +237,12 @@ class Simulation:
     def _found(self, directory: Path) -> None:
         """Make the nodes and the clients."""
         options = self.options
-        names = [f"n{number + 1}:1" for number in range(options.nodes)]
+        self._directory = directory
+        names = self._names = [f"n{number + 1}:1" for number in range(options.nodes)]
+        founders = list(names)
         for name in names:
             self.nodes[name] = SimulatedNode(
-                name, names, directory, options.settings, self.world, self.fabric, options.turn_delay_ms / 1000
+                name, founders, directory, options.settings, self.world, self.fabric, options.turn_delay_ms / 1000
             )
         self.invariants = Invariants(self.nodes)
         for node in self.nodes.values():
@@ -247,6 +266,31 @@ class Simulation:
             for number in range(options.clients)
         ]
 
+    def _new_node(self, name: str) -> SimulatedNode:
+        """A node with an empty disk, which is going to join."""
+        options = self.options
+        node = SimulatedNode(
+            name,
+            [name],
+            self._directory,
+            options.settings,
+            self.world,
+            self.fabric,
+            options.turn_delay_ms / 1000,
+            is_guest=True,
+        )
+        self.nodes[name] = node
+        node.watch(self.invariants)
+        self.invariants.joined(node)
+        self._names.append(name)
+        return node
+
+    @property
+    def members(self) -> list[SimulatedNode]:
+        """The nodes that are members now, by the leader's log."""
+        membership = self._churn.membership
+        return [] if membership is None else [self.nodes[name] for name in membership.addresses]
+
     def _locate(self, name: str) -> SimulatedTransport | None:
         node = self.nodes[name]
         return node.transport if node.is_up else None
@@ -262,6 +306,7 @@ class Simulation:
             options.faults,
             pause=options.fault_pause * self._election_s,
             span=options.fault_span * self._election_s,
+            churn=self._churn,
         )
         length = options.elections * self._election_s
         self.world.run(2 * self._election_s)  # some runs begin with a leader
@@ -284,16 +329,18 @@ class Simulation:
         )
         self._await("every client has ended", patience, lambda: all(client.is_done for client in self._clients))
         self._await("nobody waits for an answer", patience, self._nobody_waits)
+        self._await("every change of the members is finished", 2 * patience, lambda: self._churn.is_done)
         self._await("no link waits for what was lost", patience, self._links_are_well)
+        self._await("who was removed knows it", patience, self._outsiders_know)
         self._calm_down()
         self._await("one leader, and one log everywhere", patience, self._agreed)
-        if len(self.nodes) > 2:
+        if len(self.members) > 2:
             self._try_out(patience)
-        for number, name in enumerate(self.nodes):
-            self._serve(self._clients[number % len(self._clients)], name)
+        for number, node in enumerate(self.members):
+            self._serve(self._clients[number % len(self._clients)], node.name)
         self._await("one leader, and one log everywhere", patience, self._agreed)
         self._await("all effects are on disk", patience, self._all_on_disk)
-        for node in self.nodes.values():
+        for node in self.members:
             node.store.compare()
 
     def _calm_down(self) -> None:
@@ -306,8 +353,8 @@ class Simulation:
         """One member alone hears nobody, or nobody hears it either. Is it a follower, its leader stays in office, then
         and when it is back (rule 3; TRAPS 13, 14); is it the leader, another one takes over (TRAPS 15)."""
         chance = self.world.chance_for("trial")
-        leader = next(node for node in self.nodes.values() if node.raft.is_leader)
-        term, others = leader.raft.term, [node for node in self.nodes.values() if node is not leader]
+        leader = next(node for node in self.members if node.raft.is_leader)
+        term, others = leader.raft.term, [node for node in self.members if node is not leader]
         victim = chance.choice([leader, chance.choice(others)])
         is_heard = chance.random() < 0.5
         self.world.tell(f"--- {victim.name} hears nobody{'' if is_heard else ', and nobody hears it'}")
@@ -353,30 +400,40 @@ class Simulation:
         return "; ".join(state(node) for node in self.nodes.values())
 
     def _nobody_waits(self) -> bool:
-        return not any(node.transport.sessions for node in self.nodes.values())
+        return not any(node.transport.sessions for node in self.nodes.values() if node.is_up)
 
     def _links_are_well(self) -> bool:
         """Everybody is linked to everybody, by links on which nothing was lost that they could still end over."""
-        waits = [node.transport.oldest_waits() for node in self.nodes.values()]
-        return all(
-            len(of_node) == len(self.nodes) - 1 and all(since is None or since > self._mended_at for since in of_node)
+        members = self.members
+        waits = [node.transport.oldest_waits() for node in members if node.is_up]
+        return len(waits) == len(members) > 0 and all(
+            len(of_node) == len(members) - 1 and all(since is None or since > self._mended_at for since in of_node)
             for of_node in waits
         )
 
     def _agreed(self) -> bool:
         """One leader, whom all follow, and whose whole log all have applied."""
-        rafts = [node.raft for node in self.nodes.values()]
-        leaders = [raft for raft in rafts if raft.is_leader]
-        if len(leaders) != 1:
+        leaders = [node.raft for node in self.nodes.values() if node.is_up and node.raft.is_leader]
+        members = self.members
+        if len(leaders) != 1 or not all(node.is_up for node in members):
             return False
+        rafts = [node.raft for node in members]
         last = leaders[0].journal.last
         return all(
             raft.leader == leaders[0].me and raft.journal.last == last and raft.applied == last.id.commit_id
             for raft in rafts
         )
 
+    def _outsiders_know(self) -> bool:
+        """Who is no member any more takes part in nothing, and tells its clients, if anybody is left to tell it."""
+        members = {node.name for node in self.members}
+        outside = [node for name, node in self.nodes.items() if name not in members and node.is_up]
+        return bool(members) and all(
+            node.raft.is_outside or not members & set(node.raft.membership.addresses) for node in outside
+        )
+
     def _all_on_disk(self) -> bool:
-        return all(node.disk.commit_id == len(self.invariants.chosen) for node in self.nodes.values())
+        return all(node.disk.commit_id == len(self.invariants.chosen) for node in self.members)
 
     def _serve(self, client: SimulatedClient, name: str) -> None:
         """A write and a read through a node succeed, and the read sees the write."""
@@ -422,7 +479,7 @@ class Log:
     """The log that all agree on at the end, replayed: the truth against which what clients were told is held."""
 
     def __init__(self, simulation: Simulation) -> None:
-        node = next(iter(simulation.nodes.values()))
+        node = next(iter(simulation.members))
         self._commands = [decode_command(entry.command) for entry in node.disk.entries]
         self._states: dict[str, list[tuple[int, Any]]] = {}
         self._puts: dict[Any, int] = {}

@@ -142,7 +142,9 @@ class Handshake:
         if code == "wrong_node" and known:
             self._returned[hello.address] = hello.node
         error = ErrorDetail(code, why)
-        arrival.answer(HelloAnswer(data=False, error=error, membership=members.id, known_as=known or ""))
+        node, known = self._store.node_id, known or ""
+        answer = HelloAnswer(data=False, error=error, node=node, membership=members.id, known_as=known)
+        arrival.answer(answer)
         connection.close_after_answer()
 
     def on_greeting(self, greeting: Greeting) -> None:
@@ -151,6 +153,9 @@ class Handshake:
         if answer.error is not UNSET:
             problem: tuple[str, str] | None = (answer.error.code, answer.error.message)
             self._note_told(answer.error.code, peer, answer.membership, answer.known_as)
+            known = self._raft.membership.node_of(peer)
+            if answer.error.code == "wrong_node" and answer.node and known not in (None, answer.node):
+                self._returned[peer] = answer.node  # it need not know us, and so would not come by itself
         else:
             problem = self._problem_with(answer.cluster, peer, answer.node, PROTOCOL_VERSION)
             if problem is None and self._raft.membership.node_of(peer) not in ("", answer.node):
@@ -208,8 +213,8 @@ class Handshake:
             raft.give_up_identity(known_as)
             self._is_corrected = True
             self._log.error("disk_was_lost", peer=peer, node=self._store.node_id, known_as=known_as, why=_WIPED)
-        elif membership > mine.id:
-            raft.stand_outside()
+        elif membership > mine.id or (membership == mine.id and code == "not_member"):
+            raft.stand_outside()  # what the other goes by is committed, though this node may not have known that
             if raft.is_outside and not self._is_told_out:
                 self._is_told_out = True
                 self._log.error("not_member", peer=peer, why=self._why_outside(membership.commit_id))

@@ -397,6 +397,18 @@ def test_node_that_is_told_that_it_was_removed_stays_quiet_until_a_leader_speaks
     assert network["3"].raft.leader == "1"
 
 
+def test_leader_that_is_told_that_it_was_removed_steps_down() -> None:
+    """A cluster of one has grown, and its founder lost its disk: started as on the first day it is a cluster of one
+    again, and leads it. As soon as a member of the real one speaks to it, it takes nothing more."""
+    network = Network(1)
+    network.run(1.0)
+    assert network["1"].raft.is_leader
+    network.turn("1", lambda raft: raft.stand_outside())
+    network.run(5.0)
+    assert network["1"].raft.is_outside
+    assert network.leaders == []
+
+
 # --- another node at the address of a member -----------------------------------------------------------------------
 
 
@@ -456,6 +468,21 @@ def test_nothing_of_the_old_node_is_expected_of_the_new_one() -> None:
     assert witnesses.of("2") == Witness(8, node="id-x")
     again = Witnesses(witnesses.facts(), {"2": "id-y"}.get)
     assert again.of("2") == Witness()
+
+
+def test_what_led_last_is_not_said_of_the_node_that_came_in_its_place() -> None:
+    """A follower knows what its leader holds for good. The leader loses its disk and comes back: reminded of that, the
+    new node would take itself for an old copy, and stand aside for ever. (Found by the simulator.)"""
+    network = led_by_1()
+    known_nodes(network, {"1": "id-1", "2": "id-2", "3": "id-3"})
+    network.propose("1", "a")
+    network.run(1.0)
+    network["1"].crash()
+    network.elect("2")
+    network.change("2", lambda members: readmitted(members, "1", "id-x"))
+    network.deliver()
+    for name in "23":
+        assert network[name].raft.remember().of("1") == Witness()
 
 
 # --- handing over -------------------------------------------------------------------------------------------------

@@ -506,8 +506,9 @@ class Raft:
             self._send(handover.to, TimeoutNow(term=self.term, leader=self.me))
 
     def stand_outside(self) -> None:
-        """A member tells this node that it has been taken out, by an entry that is newer than what this node has."""
-        if not self.is_leader and not self._hears_leader():
+        """A member tells this node that it has been taken out, by an entry that is newer than what this node has. Who
+        follows a leader is in its hands; a leader that does not know of that entry is none any more."""
+        if self.is_leader or not self._hears_leader():
             self._told_out = True
             self._become_follower(self.term, None)
 

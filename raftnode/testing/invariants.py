@@ -132,7 +132,7 @@ class Invariants:
     def _disk_of(self, name: str, node: str | None) -> Durable | None:
         """The disk of the node that somebody takes for the member `name`, also if it is lost by now."""
         there = self._members.get(name)
-        if there is not None and node in ("", None, there.node):
+        if there is not None and (node in ("", None, there.node) or not there.node):
             return there.disk
         return self._lost.get((name, node or ""))
 

@@ -500,6 +500,7 @@ class SimulatedNode:
         shutil.rmtree(self.directory)
         self.new_id = f"{self._chance.getrandbits(64):016x}"
         self._invitation = None
+        self.is_guest = self.is_guest or not self._members  # it must not found the cluster again, alone
         self.disk = Mirror(Membership.founding([self.name, *self._members]))
         self.applied = []
         if self._invariants is not None:

@@ -364,6 +364,22 @@ def test_clean_stop_hands_over(three: ClusterOfProcesses) -> None:
         three.heal()
 
 
+def test_lagging_follower_accepts_a_leader_that_it_does_not_know(three: ClusterOfProcesses) -> None:
+    """While one of three is down, a fourth joins and becomes the leader. The one that was down has never heard of it,
+    and follows it nevertheless: its membership is the newer one. (Issue; rule 9.)"""
+    lagging = three.others(three.await_leader())[0]
+    lagging.kill()
+    newcomer = three.newcomer(*three.others(lagging)).start()
+    newcomer.await_answer()
+    await_voters(three, *three)
+    with three.client(1 if three[0] is lagging else 0) as client:
+        assert client.transfer_leader(newcomer.address) == newcomer.address
+        written = client.put("key", "value")
+    lagging.start()
+    three.await_caught_up(written["commit_id"], [lagging])
+    assert lagging.await_answer()["leader"] == newcomer.address
+
+
 # --- lost disks -----------------------------------------------------------------------------------------------------
 
 

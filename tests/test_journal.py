@@ -339,3 +339,27 @@ def test_membership_is_needed_until_the_next_one_is_settled() -> None:
     journal.mark_written()
     journal.forget(1, 1, 1)
     assert [m.commit_id for m in journal.memberships] == [1]
+
+
+def test_who_joins_passes_through_older_memberships() -> None:
+    """A node that joins is founded with the membership of entry 3, which took it, and an empty log. Entries 1 to 3
+    change nothing of that; a cut does not take it away; entry 4 does change it. (Thesis 4.1.)"""
+    told = Membership(term=1, commit_id=3, voters={"1": "", "2": ""}, learners={"9": ""})
+    past = [
+        MembersCommand(voters={"7": "", "8": ""}),
+        MembersCommand(voters={"1": ""}),
+        MembersCommand(voters=told.voters),
+    ]
+    after = MembersCommand(voters={**told.voters, "9": ""})
+    log = lengthened([], 1, [encode_command(command) for command in (*past, after)])
+    journal = Disk(told).journal()
+    journal.accept(GENESIS, log[:2], 0)
+    assert journal.memberships == (told,)
+    journal._cut(2)
+    assert journal.membership == told
+    journal.accept(log[0].id, log[1:3], 1)
+    assert journal.membership == told
+    journal.accept(log[2].id, log[3:], 3)
+    assert journal.membership.voters == after.voters
+    journal._cut(4)
+    assert journal.membership == told

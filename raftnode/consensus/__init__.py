@@ -4,6 +4,8 @@
     journal     the log: what is staged, written and committed, and the rule for entries that conflict
     progress    what a leader knows of one other member, and what to send it next
     membership  who the members are, and what a majority of them has reached
+    changes     what a change of the members may be, and which step comes next
+    handover    a leader that lets another member lead
     reads       rounds in which a leader confirms that it still leads, shared by the reads that wait
     transfer    how far a snapshot has come in, and which chunk comes next
     witness     what each member remembers of the promises of the others, so that an old copy of a directory is noticed
@@ -26,10 +28,13 @@ and answers, in that order.
  6. A follower commits at most up to the last entry that it has matched with this leader.
  7. A linearizable read notes commit_id, has a majority confirm leadership in a round started after it arrived, waits
     until that is applied, and is answered from one snapshot; not before the leader's no-op has committed. No leases.
- 8. (Not yet.) Membership changes one node at a time, through the log, in force when appended; who joins is a learner
-    first.
+ 8. The membership changes one node at a time, through the log, in force when appended; the next change waits until
+    this one is committed, and the first of a leader until its no-op is. Who joins is a learner, without a vote, until
+    it has caught up. A leader that is taken out leads until that is committed, not counting itself. Who was removed
+    disturbs nobody, and is told.
  9. Members are known by address and node id; every link starts with cluster id, node id and protocol version, and with
-    what the other has promised before: who has forgotten any of it takes part in nothing.
+    what the other has promised before: who has forgotten any of it takes part in nothing. A node that lost its disk is
+    another one, and a learner first.
 10. (Not yet.) A write may carry `client` and `seq`; its outcome is kept, so that a retry is not applied twice.
 11. Time is passed in, chance is an injected `random.Random`, iteration over sets is sorted: one seed, one trace.
 12. An answer is "failed" only if the command was never appended; after a time-out, a lost leadership or a cut
@@ -47,8 +52,12 @@ and answers, in that order.
 * A snapshot (chapter 5) is no file that is kept: it is the state itself, read in chunks while it changes; what changed
   is sent again, until one last chunk makes it the state as of one commit_id (`raftnode.snapshots`). It is sent where a
   member lacks the entry before the leader's log, and installed where its log does not hold the snapshot's last entry.
+* Changes are of single members, never joint (4.3): a leader makes the steps of a replacement one after the other.
+* A learner has caught up by the rounds of 4.2.1, and is made a voter by the leader itself, whoever that is by then.
+* A leader hands over (3.10) only when all of its log is committed, so that no client is left in doubt.
 
-Not yet here: changing the membership (chapter 4; the journal already takes it from the log), sessions (6.3; commands
-have a kind, so an outcome can be kept).
+Not yet here: sessions (6.3; commands have a kind, so an outcome can be kept). Known limit: a node that was never met by
+some member can't be told by that one from another node at its address, so start a new cluster's members together, and
+lose no disk before all have met.
 Known limit: with one-way or partial partitions that chain, Raft can go without a leader (TRAPS 17).
 """

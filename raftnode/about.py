@@ -168,6 +168,8 @@ def _member_rows(membership: dict[str, Any]) -> Iterator[tuple[str, str]]:
             yield title, f"{address}  {node or '(not met yet)'}"
         if not members:
             yield title, "none"
+    for new, old in (membership.get("replaces") or {}).items():
+        yield "replaces", f"{new} takes the place of {old}"
 
 
 def _witness_text(witness: dict[str, Any]) -> str:

@@ -507,9 +507,10 @@ def _change_cells(line: ChangeLine | EntryLine, width: int) -> list[str]:
 
     Fields: directory, node, address and cluster (null until the node first started with its members), format, term,
     voted_for, commit_id (committed on disk), entries (kept in the log), staged, first_kept and last (the ends of the
-    kept log: commit_id, term, time, checksum; null in an empty log), membership (in force: commit_id of its entry,
-    voters, learners, by address with node id), witnesses (what it remembers of the promises of the others, by address:
-    term, vote, held and floor, the newest entry that it was known to hold and the newest of the committed ones), keys,
+    kept log: commit_id, term, time, checksum; null in an empty log), membership (in force: term and commit_id of its
+    entry, voters, learners, by address with node id, replaces: new member to old), witnesses (what it remembers of the
+    promises of the others, by address: term, vote, held and floor, the newest entry that it was known to hold and the
+    newest of the committed ones), keys,
     sizes (bytes: file on disk, used by data, free to be used again, map: the most that the file may grow to), readers
     (pid, thread, txn: the snapshot that it holds), damaged and reason.
 

@@ -279,7 +279,8 @@ def test_info(story: Path) -> None:
     assert (line["commit_id"], line["staged"], line["entries"], line["keys"]) == (7, 2, 9, 2)
     assert line["first_kept"]["commit_id"] == 1
     assert (line["last"]["commit_id"], line["last"]["checksum"]) == (last.id.commit_id, f"{last.checksum:08x}")
-    assert line["membership"] == {"commit_id": 2, "voters": {ADDRESS: store.node_id}, "learners": {}}
+    members = {"voters": {ADDRESS: store.node_id}, "learners": {}, "replaces": {}}
+    assert line["membership"] == {"term": store.journal.membership.term, "commit_id": 2, **members}
     assert line["sizes"]["file"] == (story / records.DATA_FILE).stat().st_size
     assert line["sizes"]["used"] <= line["sizes"]["file"] < line["sizes"]["map"]
     assert line["readers"] == []

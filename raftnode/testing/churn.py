@@ -7,6 +7,7 @@ only when the node of the last is a voter again, as Raft promises nothing once a
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -38,6 +39,7 @@ class Churn:
         nodes: dict[str, SimulatedNode],
         new_node: Callable[[str], SimulatedNode],
         pause: float,
+        chance: random.Random,
     ) -> None:
         """`new_node` makes a node with an empty disk, and puts it into `nodes`. `pause`: seconds before something that
         was refused is asked for again."""
@@ -45,7 +47,7 @@ class Churn:
         self._nodes = nodes
         self._new_node = new_node
         self._pause = pause
-        self._chance = world.chance_for("churn")
+        self._chance = chance
         self._lost: str | None = None  # whose disk was lost last
 
     @property

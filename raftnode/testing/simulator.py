@@ -214,7 +214,8 @@ class Simulation:
         self._clients: list[SimulatedClient] = []
         self._directory = Path()
         self._names: list[str] = []  # of the nodes that clients know
-        self._churn = Churn(self.world, self.nodes, self._new_node, self._election_s)
+        chance = random.Random(f"churn of {options.seed}")  # its own, so that it moves nothing where members stay
+        self._churn = Churn(self.world, self.nodes, self._new_node, self._election_s, chance)
 
     def run(self) -> Report:
         """Both phases and the judgement. Raises AssertionError, or whatever the product raised."""

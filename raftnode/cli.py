@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,13 +29,10 @@ from raftnode.config import (
     DEFAULT_NAMESPACE,
     DEFAULT_TIMEOUT_S,
     Settings,
-    canonical_address,
     parse_address,
 )
 from raftnode.errors import BadRequest, ConfigError, NodeDamaged, NotCommitted, RaftnodeError, StoreError, Unavailable
 from raftnode.raftnode import RaftNode
-from raftnode.repair import repair as repair_directory
-from raftnode.shrink import shrink
 from raftnode.store import STORE_TYPES
 from raftnode.upkeep import COMMANDS as UPKEEP
 from raftnode.version import __version__
@@ -158,19 +155,16 @@ def _serve(
     log_json: bool | None,
 ) -> None:
     log.setup(log_level, as_json=log_json)
-    try:
-        if peers.strip() and join.strip():
-            raise ConfigError("give --peers to found a cluster, or --join to join one that goes on already: not both")
-        options = {
-            "listen": listen,
-            "data_dir": volume,
-            "store_type": store,
-            "connections": _room_for_connections(),
-            "join": join.split(",") if join.strip() else None,
-        }
-        RaftNode(ip, peers.split(","), timeout, **options).serve()
-    except RaftnodeError as error:
-        _fail(error)
+    if peers.strip() and join.strip():
+        raise ConfigError("give --peers to found a cluster, or --join to join one that goes on already: not both")
+    options = {
+        "listen": listen,
+        "data_dir": volume,
+        "store_type": store,
+        "connections": _room_for_connections(),
+        "join": join.split(",") if join.strip() else None,
+    }
+    RaftNode(ip, peers.split(","), timeout, **options).serve()
 
 
 def _room_for_connections() -> int:
@@ -197,7 +191,7 @@ def put(key: str, value: str, as_string: bool, namespace: str, node: str, timeou
     input.
     """
     text = _read_text() if value == "-" else value
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         done = client.put(key, text if as_string else _json_or_text(text), namespace)
     click.echo(json.dumps(done) if as_json else f"committed as {done['commit_id']}, version {done['version']}")
 
@@ -227,7 +221,7 @@ def _refuse_constant(name: str) -> NoReturn:
 @_client_options
 def get(key: str, local: bool, namespace: str, node: str, timeout: float, as_json: bool) -> None:
     """Print the value of KEY: text as it is, anything else as JSON. Status 1 when there is none."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         record = client.get_record(key, namespace, consistency="local" if local else "linearizable")
     value = record["value"]
     if as_json:
@@ -246,7 +240,7 @@ def get(key: str, local: bool, namespace: str, node: str, timeout: float, as_jso
 @_client_options
 def delete(key: str, namespace: str, node: str, timeout: float, as_json: bool) -> None:
     """Delete KEY. Status 1 when there was none."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         done = client.delete(key, namespace)
     if as_json:
         click.echo(json.dumps(done))
@@ -262,7 +256,7 @@ def delete(key: str, namespace: str, node: str, timeout: float, as_json: bool) -
 @_client_options
 def peers(node: str, timeout: float, as_json: bool) -> None:
     """List the members, who leads, and who answers the asked node."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         found = client.peers()
     if as_json:
         click.echo(json.dumps(found))
@@ -281,7 +275,7 @@ def peers(node: str, timeout: float, as_json: bool) -> None:
 @_client_options
 def remove_peer(address: str, force: bool, node: str, timeout: float, as_json: bool) -> None:
     """Take a member out of the cluster. Its node stands aside from then on; stop it, and delete its directory."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         _tell_change(client.remove_peer(address, force=force), as_json)
 
 
@@ -295,7 +289,7 @@ def replace_peer(old: str, new: str, node: str, timeout: float, as_json: bool) -
     Start the new one with `raftnode serve --ip NEW --join ...`, before this or after it. It gets the data, then a vote,
     and then OLD is taken out, all by itself.
     """
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         _tell_change(client.replace_peer(old, new), as_json)
 
 
@@ -304,7 +298,7 @@ def replace_peer(old: str, new: str, node: str, timeout: float, as_json: bool) -
 @_client_options
 def transfer_leader(to: str, node: str, timeout: float, as_json: bool) -> None:
     """Let another voter lead. No write is lost: those that come meanwhile wait, for an election timeout at most."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         leader = client.transfer_leader(to)
     click.echo(json.dumps({"leader": leader}) if as_json else f"{leader} leads")
 
@@ -325,7 +319,7 @@ def _tell_change(done: dict[str, Any], as_json: bool) -> None:
 @_client_options
 def status(node: str, timeout: float, as_json: bool) -> None:
     """Show what the asked node knows of itself and the cluster."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         found = client.status()
     if as_json:
         click.echo(json.dumps(found))
@@ -363,57 +357,10 @@ def _size(count: float) -> str:
 @_client_options
 def ping(node: str, timeout: float, as_json: bool) -> None:
     """Ask a node whether it answers, and how fast."""
-    with _client(node, timeout) as client:
+    with Client(node, timeout=timeout) as client:
         client.ping()  # opens the connection
         took_ms = client.ping() * 1000
     click.echo(json.dumps({"ms": round(took_ms, 3)}) if as_json else f"{took_ms:.2f} ms")
-
-
-@cli.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-@click.option("--node", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_NODE",
-              help="Members to take entries from, in turn.  [default: all others]")  # fmt: skip
-@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.001), metavar="SECONDS",
-              help="Longest time for one answer of a member.")  # fmt: skip
-@click.option("--dry-run", "is_dry", is_flag=True, help="Say what would be done. Status 5 when something is damaged.")
-def repair(directory: Path, node: str, timeout: float, is_dry: bool) -> None:
-    """Put right what is damaged in DIR, the data directory of a stopped node.
-
-    Every record is checked. Damaged log entries are taken from the members, and only where what is left of the log
-    proves them; committed values are made anew from the log. What can't be proved is refused (status 3), with the
-    reason and what to do, and nothing is changed. Nothing is ever cut off.
-    """
-    try:
-        nodes = [canonical_address(address) for address in node.split(",") if address.strip()]
-        if not repair_directory(directory, nodes, tell=click.echo, is_dry=is_dry, timeout=timeout):
-            raise SystemExit(5)
-    except RaftnodeError as error:
-        _fail(error)
-
-
-@cli.command()
-@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
-def compact(directory: Path) -> None:
-    """Give the free space in DIR, the data directory of a stopped node, back to the file system.
-
-    A node uses the space of what was deleted again, but its file never shrinks by itself. This writes what is in use to
-    a new file, which then takes the place of the old one; a kill at any moment leaves one or the other, whole.
-    """
-    try:
-        before, after = shrink(directory)
-    except RaftnodeError as error:
-        _fail(error)
-    click.echo(f"{directory}: {before} bytes before, {after} after")
-
-
-@contextlib.contextmanager
-def _client(node: str, timeout: float) -> Iterator[Client]:
-    """A client; its errors become a line on stderr and the exit status."""
-    try:
-        with Client(node, timeout=timeout) as client:
-            yield client
-    except RaftnodeError as error:
-        _fail(error)
 
 
 @cli.command()

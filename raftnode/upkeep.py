@@ -1,5 +1,5 @@
 """The commands of `raftnode` that an operator needs now and then: on the directory of a stopped node, and for backups.
-Layer 5. What they do is in `recover` and `archive`."""
+Layer 5. What they do is in `repair`, `shrink`, `recover` and `archive`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from raftnode.errors import ConfigError
 from raftnode.output import progress
 from raftnode.recover import Plan, plan
 from raftnode.recover import recover as recover_directory
+from raftnode.repair import repair as repair_directory
+from raftnode.shrink import shrink
 
 _KEYS_SHOWN = 10
 _STEPS = 1000
@@ -26,6 +28,36 @@ _STEPS = 1000
 def addresses(text: str) -> list[str]:
     """The addresses in an option, each in its one spelling. Raises ConfigError."""
     return [canonical_address(address) for address in text.split(",") if address.strip()]
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+@click.option("--node", default="", metavar="HOST:PORT,...", envvar="RAFTNODE_NODE",
+              help="Members to take entries from, in turn.  [default: all others]")  # fmt: skip
+@click.option("--timeout", default=10.0, show_default=True, type=click.FloatRange(0.001), metavar="SECONDS",
+              help="Longest time for one answer of a member.")  # fmt: skip
+@click.option("--dry-run", "is_dry", is_flag=True, help="Say what would be done. Status 5 when something is damaged.")
+def repair(directory: Path, node: str, timeout: float, is_dry: bool) -> None:
+    """Put right what is damaged in DIR, the data directory of a stopped node.
+
+    Every record is checked. Damaged log entries are taken from the members, and only where what is left of the log
+    proves them; committed values are made anew from the log. What can't be proved is refused (status 3), with the
+    reason and what to do, and nothing is changed. Nothing is ever cut off.
+    """
+    if not repair_directory(directory, addresses(node), tell=click.echo, is_dry=is_dry, timeout=timeout):
+        raise SystemExit(5)
+
+
+@click.command()
+@click.argument("directory", metavar="DIR", type=click.Path(path_type=Path))
+def compact(directory: Path) -> None:
+    """Give the free space in DIR, the data directory of a stopped node, back to the file system.
+
+    A node uses the space of what was deleted again, but its file never shrinks by itself. This writes what is in use to
+    a new file, which then takes the place of the old one; a kill at any moment leaves one or the other, whole.
+    """
+    before, after = shrink(directory)
+    click.echo(f"{directory}: {before} bytes before, {after} after")
 
 
 @click.command()
@@ -130,4 +162,4 @@ def _progress(label: str) -> Iterator[Callable[[int, int], None]]:
         yield go_on
 
 
-COMMANDS = [recover, backup, restore]
+COMMANDS = [repair, compact, recover, backup, restore]

@@ -275,6 +275,8 @@ class Generator:
     def _listen(self) -> None:
         assert self._process.stdout is not None, "it was asked for"
         for line in self._process.stdout:
+            if not line.endswith(b"\n"):
+                break  # it was killed in the middle of it: whoever awaits it is told that it has ended
             found = _decode_line(line)
             with self._news:
                 if isinstance(found, Progress):

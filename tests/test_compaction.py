@@ -187,7 +187,7 @@ def test_a_base_that_nothing_continues_is_never_written(tmp_path: Path, opened: 
     assert again.journal.first == 1
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(n, marks=pytest.mark.long) for n in (2, 3))])
 def test_kill_9_in_the_middle_of_compaction_loses_nothing(tmp_path: Path, seed: int) -> None:
     """A store that keeps very few entries is killed at random moments, again and again: what it finds is what its last
     transaction or the one under way has left, with a log that continues its base."""
@@ -295,7 +295,7 @@ class _Usage:
     free = 1000
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", [0, *(pytest.param(n, marks=pytest.mark.long) for n in (1, 2))])
 def test_kill_9_leaves_the_old_file_or_the_new_one(tmp_path: Path, seed: int) -> None:
     """`raftnode compact` is killed at random moments; the node then starts with all that it had, and a rest of the copy
     is removed."""

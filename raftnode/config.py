@@ -6,6 +6,7 @@ Layer 0. A `Settings` value is immutable and made once, before anything runs; no
 from __future__ import annotations
 
 import enum
+import ipaddress
 import os
 from collections.abc import Mapping
 
@@ -194,7 +195,15 @@ def parse_address(text: str) -> tuple[str, int]:
         raise ConfigError(f"address {text!r}: an IPv6 address, and nothing else, goes in brackets, as in [::1]:{port}")
     if not bare or any(c.isspace() or not c.isprintable() or c in ',/"[]' for c in bare):
         raise ConfigError(f"address {text!r}: the host holds a character that no host name has")
-    return bare, int(port)
+    return (_ipv6(bare, text) if ":" in bare else bare), int(port)
+
+
+def _ipv6(host: str, address: str) -> str:
+    """The one spelling of an IPv6 address. Raises ConfigError."""
+    try:
+        return str(ipaddress.IPv6Address(host))
+    except ValueError as error:
+        raise ConfigError(f"address {address!r}: what stands in brackets is no IPv6 address: {error}") from None
 
 
 def canonical_address(text: str) -> str:

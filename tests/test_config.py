@@ -190,7 +190,8 @@ def test_any_environment_gives_settings_or_a_config_error(environ: dict[str, str
         ("Node-1.Example.COM:65535", "Node-1.Example.COM", 65535, "node-1.example.com:65535"),
         ("host:05001", "host", 5001, "host:5001"),
         ("[::1]:5001", "::1", 5001, "[::1]:5001"),
-        ("[FE80::A]:5", "FE80::A", 5, "[fe80::a]:5"),
+        ("[0:0:0::0001]:5001", "::1", 5001, "[::1]:5001"),
+        ("[FE80::A]:5", "fe80::a", 5, "[fe80::a]:5"),
         ("[fe80::1%eth0]:5", "fe80::1%eth0", 5, "[fe80::1%eth0]:5"),
         ("under_score:7", "under_score", 7, "under_score:7"),
     ],
@@ -209,6 +210,7 @@ def test_an_address_has_one_spelling(text: str, host: str, port: int, canonical:
         "host:" + "9" * 5000, "host:000000005001", "host:5001x", "host: 5001", "[]:1", "[[::1]]:1", "a]b:1", "[a:1",
         "a]:1", "[::1:1", "::1:5001", "::1", "[::1]", "[::1]5001", "[host]:1", "[127.0.0.1]:1", "a\0b:1", "\0:1",
         "a b:1", "a\nb:1", "a,b:1", "http://host:1", "host/path:1", '"host":1', "a\x7f:1", "a\x1b[31m:1", "[::1\0]:1",
+        "[:.5:1]:5", "[::1::2]:5", "[1:2:3]:5",
     ],
 )  # fmt: skip
 def test_a_bad_address_is_a_config_error(text: str) -> None:

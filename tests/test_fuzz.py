@@ -51,6 +51,13 @@ def acknowledged(answers: list[dict[str, Any]]) -> Iterator[int]:
             yield answer["commit_id"]
 
 
+def changes(answers: list[dict[str, Any]]) -> Iterator[int]:
+    """The commit_ids of the memberships that were acknowledged: the one that there was, when nothing had to change."""
+    for answer in answers:
+        if answer["type"] in ("add_peer", "remove_peer", "replace_peer") and answer["data"] is True:
+            yield answer["membership"].get("commit_id", 0)
+
+
 def fuzz_clients(cluster: ClusterOfProcesses, seed: int, seconds: float) -> int:
     """Say broken things to all nodes in turn for so long, and check what they did; how many messages there were."""
     print(f"seed {seed}")  # noqa: T201 - shown when the test fails
@@ -60,20 +67,22 @@ def fuzz_clients(cluster: ClusterOfProcesses, seed: int, seconds: float) -> int:
     term = cluster.term()
     fuzzer = Fuzzer(chance, facts_of(cluster[0]))
     done: list[int] = []
+    memberships: set[int] = set()
     said, end = 0, time.monotonic() + seconds
     while time.monotonic() < end:
         node = cluster[said % len(cluster)]
         answers = say(node.address, b"".join(fuzzer.line() for _ in range(LINES)))
         assert all("type" in answer and "data" in answer for answer in answers), answers
         done += acknowledged(answers)
+        memberships.update(changes(answers))
         said += 1
     assert_unharmed(cluster)
     assert cluster.term() == term, cluster.describe()
-    assert_carried_out(cluster, done)
+    assert_carried_out(cluster, done, memberships)
     return said * LINES
 
 
-def assert_carried_out(cluster: ClusterOfProcesses, done: list[int]) -> None:
+def assert_carried_out(cluster: ClusterOfProcesses, done: list[int], memberships: set[int]) -> None:
     """The logs hold what was acknowledged, each once, and nothing else; the states are what the logs say; the logs are
     equal."""
     assert done, "no message was good enough to be carried out"
@@ -81,7 +90,10 @@ def assert_carried_out(cluster: ClusterOfProcesses, done: list[int]) -> None:
     cluster.await_caught_up(max(done))
     for node in cluster:
         entries = [record for record in node.inspect("commits", "--values") if record["record"] == "entry"]
-        writes = [entry for entry in entries if entry["kind"] != "noop"]
+        changed = {entry["commit_id"] for entry in entries if entry["kind"] == "members"}
+        assert changed, "no change of the members was good enough to be carried out"
+        assert changed == memberships - {0}, "the members are changed as acknowledged; they began without an entry"
+        writes = [entry for entry in entries if entry["kind"] not in ("noop", "members")]
         assert {entry["commit_id"] for entry in writes} == set(done), "what was carried out is what was acknowledged"
         state: dict[tuple[str, str], Any] = {}
         for entry in writes:

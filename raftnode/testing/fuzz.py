@@ -74,7 +74,8 @@ class Fuzzer:
         self.facts = facts
         self._highest = highest
         self._makers: tuple[Callable[[], dict[str, Any]], ...] = (
-            *(self._put, self._put, self._delete, self._get, self._plain, self._address),
+            *(self._put, self._put, self._delete, self._get, self._plain, self._entries_wanted),
+            *(self._address, self._replace_peer),
             *(self._hello, self._heartbeat, self._data, self._vote_request, self._answer),
         )
 
@@ -85,7 +86,14 @@ class Fuzzer:
         text = self._encoded(self.chance.choice(self._makers)())
         for _ in range(self.chance.choice((0, 1, 1, 1, 2, 5))):
             text = self.chance.choice(self._MUTATIONS)(self, text)
+        if self._removes_member(text):
+            text = self._encoded(self._plain())
         return text + self.chance.choice((b"\n", b"\n", b"\n", b"\r\n", b"", b" ", b"\n\n", b"}\n"))
+
+    def _removes_member(self, text: bytes) -> bool:
+        """It might well be carried out, and then that node would be gone; the last voter can't be removed."""
+        members = self.facts.members if len(self.facts.members) > 1 else ()
+        return b"remove_peer" in text and any(member.encode() in text for member in members)
 
     def _encoded(self, message: dict[str, Any]) -> bytes:
         text = json.dumps(message, ensure_ascii=self.chance.random() < 0.5, separators=self._separators())
@@ -184,6 +192,14 @@ class Fuzzer:
     def _address(self) -> dict[str, Any]:
         address = self.chance.choice(("h:1", "", "[::1]:5", *self.facts.members))
         return self._with_id({"type": self.chance.choice(("add_peer", "remove_peer")), "address": address})
+
+    def _replace_peer(self) -> dict[str, Any]:
+        """By a node that will never come, so nobody is removed."""
+        old, new = self.chance.choice(("h:1", *self.facts.members)), self.chance.choice(("h:1", "[::1]:5"))
+        return self._with_id({"type": "replace_peer", "old": old, "new": new})
+
+    def _entries_wanted(self) -> dict[str, Any]:
+        return self._with_id({"type": "entries", "from": self._number(), "to": self._number()})
 
     def _answer(self) -> dict[str, Any]:
         """An answer where a request belongs."""

@@ -309,7 +309,7 @@ def say(address: str, text: bytes, patience: float = 30.0) -> list[dict[str, Any
             while part := connection.recv(1 << 18):
                 received += part
         sender.join()
-    return [json.loads(line) for line in received.splitlines()]
+    return [json.loads(line) for line in received.split(b"\n") if line]
 
 
 def _send(connection: socket.socket, text: bytes) -> None:

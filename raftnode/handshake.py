@@ -208,12 +208,13 @@ class Handshake:
         mine, raft = self._raft.membership, self._raft
         if code not in ("not_member", "wrong_node"):
             return
+        knows_already = code == "wrong_node" and mine.node_of(self._me) not in (None, "", self._store.node_id)
         is_new = raft.has_promised_nothing and mine.node_of(self._me) == self._store.node_id
         if code == "wrong_node" and is_new and known_as not in ("", self._store.node_id) and membership >= mine.id:
             raft.give_up_identity(known_as)
             self._is_corrected = True
             self._log.error("disk_was_lost", peer=peer, node=self._store.node_id, known_as=known_as, why=_WIPED)
-        elif membership > mine.id or (membership == mine.id and code == "not_member"):
+        elif (membership > mine.id and not knows_already) or (membership == mine.id and code == "not_member"):
             raft.stand_outside()  # what the other goes by is committed, though this node may not have known that
             if raft.is_outside and not self._is_told_out:
                 self._is_told_out = True

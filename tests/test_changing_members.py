@@ -399,6 +399,7 @@ def test_wiped_disk_comes_back_by_itself(three: ClusterOfProcesses) -> None:
                 return member.get("voter") is True and member["node"] not in ("", before)
 
             wait_until(is_back, "it is a voter again, as another node", PATIENCE_S, three.describe)
+            assert not victim.events("not_member"), "nobody has removed it"
             writers.await_more(50)
     three.await_caught_up()
     assert_kept(writers, *three)

@@ -399,6 +399,7 @@ class Election:
             "first": store.journal.first,
             "snapshots": self.snapshots.status(),
             "members": members,
+            "membership": self.members.committed(),
             "connections": self.transport.connection_count,
             "waiting": self.requests.count,
             "syncs": store.syncs,

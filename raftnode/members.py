@@ -112,12 +112,16 @@ class MemberChanges:
 
     def _answer_to(self, arrival: Arrival, commit_id: int) -> ChangeAnswer:
         """What to answer when entry `commit_id`, which made the change, is committed."""
-        staged_after = self._raft.commit_id  # a next change may have been appended in this very turn
-        committed = [known for known in self._raft.journal.memberships if known.commit_id <= staged_after][-1]
-        membership = msgspec.convert(msgspec.structs.asdict(committed), Members)
+        membership = msgspec.convert(self.committed(), Members)  # not the one in force: a next change may be appended
         kinds = {AddPeer: AddPeerAnswer, RemovePeer: RemovePeerAnswer, ReplacePeer: ReplacePeerAnswer}
         kind = kinds[type(arrival.message)]
         return kind(data=True, commit_id=commit_id, cluster=str(self._store.cluster_id), membership=membership)
+
+    def committed(self) -> dict[str, Any]:
+        """The newest membership that is committed, as far as this node knows. The first one is, whatever the log has:
+        a node that has joined begins with it."""
+        first, *rest = self._raft.journal.memberships
+        return msgspec.structs.asdict([first, *(m for m in rest if m.commit_id <= self._raft.commit_id)][-1])
 
     # --- handing over ---
 

@@ -41,6 +41,7 @@ from raftnode.errors import (
 from raftnode.mailbox import Arrival, Cut, Letter, Reply
 from raftnode.messages import (
     GENESIS,
+    AddPeer,
     Answer,
     AnyRequest,
     Data,
@@ -879,6 +880,21 @@ def test_any_order_of_letters_keeps_the_promises(make: Make, seed: int) -> None:
         bench.turn(chance.choice((0.0, 0.01, 0.1, 0.4)))
     bench.election.end()
     assert all(len(asker.answers) == 1 for asker in asked)
+
+
+def test_status_tells_what_is_committed_of_the_members(bench: Bench) -> None:
+    """Rule 8: a change is in force when it is appended, and done when it is committed. `members` is what is in force,
+    `membership` what is committed: the founders' until a majority has the change, and then that."""
+    bench.lead()
+    bench.ask(AddPeer(address="127.0.0.1:5009"))
+    bench.turn()
+    status = bench.election.status()
+    assert "127.0.0.1:5009" in status["members"]
+    assert (status["membership"]["commit_id"], status["membership"]["learners"]) == (0, {})
+    bench.acknowledge()
+    membership = bench.election.status()["membership"]
+    assert (membership["commit_id"], membership["learners"]) == (2, {"127.0.0.1:5009": ""})
+    assert membership["voters"].keys() == {ME, B, C}
 
 
 # --- lost leadership, and the way to another leader -----------------------------------------------------------

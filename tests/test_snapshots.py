@@ -289,7 +289,7 @@ def test_a_snapshot_that_lacks_keys_is_not_installed() -> None:
 
 def test_what_the_log_holds_already_is_not_installed() -> None:
     """The log has the snapshot's last entry: nothing of it is cut, what the leader calls committed is committed here,
-    and its answer is that of a copy. What is committed past it stays so."""
+    and its answer is that of a copy. What is committed past it stays so. (TRAPS 29.)"""
     for commit_id, committed in ((1, 3), (4, 4)):
         raft = member("2", 0, 1, 1, 2, 2, 2, commit_id=commit_id, incoming=Incoming(5, 1, 3, is_over=False))
         raft.step("t", chunk(4, end=EntryId(2, 3)))
@@ -442,7 +442,7 @@ def a_leader(tmp_path: Path) -> Iterator[Callable[..., Store]]:
 def test_the_state_at_the_end_is_a_replay_of_the_log(tmp_path: Path, a_leader: Callable[..., Store], seed: int) -> None:
     """Random writes while the state is sent in chunks of random sizes; chunks are repeated, and lost with their link;
     the receiver is killed before transactions and between them. What it has installed is byte for byte, created,
-    modified and version too, what all entries up to the snapshot's make."""
+    modified and version too, what all entries up to the snapshot's make. (TRAPS 28.)"""
     chance = random.Random(seed)
     leader_store = a_leader(log_entries=chance.choice([1, 5, 1000]))
     everything: list[Entry] = []

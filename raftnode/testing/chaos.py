@@ -6,151 +6,27 @@
 
 `FAULTS` is the table of all kinds; a new kind is a function and an entry there. A fault is a context manager: it is
 done when it is entered, undone when it is left, and yields words that say whom it hits. It takes what it hits from the
-`Arena`, so that several may be in force at a time and none undoes another.
+`Arena`, so that several may be in force at a time and none undoes another. Members that come and go are in `turnover`.
 """
 
 from __future__ import annotations
 
-import itertools
 import random
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Final, NamedTuple
+from types import MappingProxyType
+from typing import Any, Final
 
-from raftnode.testing.judge import Problem
-from raftnode.testing.processes import ClusterOfProcesses, NodeProcess
+from raftnode.testing.arena import WATCH_S, Arena, Fault, NotNow, Road
+from raftnode.testing.processes import NodeProcess
 from raftnode.testing.proxy import CLIENTS, both_ways
-
-_WATCH_S: Final = 0.1
-
-Road = tuple[str, str]
-
-
-# --- what is there to be broken -------------------------------------------------------------------------------
-
-
-class NotNow(Exception):
-    """A fault can't be done at this moment: what it would hit is hit already, or there is no leader."""
-
-
-class Arena:
-    """The cluster, and who of it is hit by which fault. A node belongs to one fault at a time, and so does a road:
-    faults may overlap, but none undoes another."""
-
-    def __init__(self, cluster: ClusterOfProcesses) -> None:
-        self.cluster = cluster
-        self.proxy = cluster.proxy
-        self.began = time.monotonic()
-        self.hit_nodes: set[NodeProcess] = set()
-        self.hit_roads: set[Road] = set()
-        self.down: set[NodeProcess] = set()
-        """Nodes that were hit and have not answered since."""
-        self.healthy: list[tuple[float, bool]] = []
-        """(seconds, is a majority unharmed): each time when that changed."""
-        self.problems: list[Problem] = []
-        self.note_health()
-
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def whole(self) -> list[NodeProcess]:
-        """The nodes whose processes no fault has hit."""
-        return [node for node in self.cluster if node not in self.hit_nodes]
-
-    def any_node(self, chance: random.Random) -> NodeProcess:
-        """A node that is unharmed."""
-        return _choose(chance, self.whole)
-
-    def leader(self) -> NodeProcess:
-        """Who leads, in the highest term that anybody leads in. Raises NotNow."""
-        led = {}
-        for node in self.whole:
-            status = node.status(0.3)
-            if status is not None and status["role"] == "leader":
-                led[status["term"]] = node
-        if not led:
-            raise NotNow
-        return led[max(led)]
-
-    def others(self, node: NodeProcess) -> list[str]:
-        return [other.address for other in self.cluster if other is not node]
-
-    @contextmanager
-    def hitting(self, *nodes: NodeProcess) -> Iterator[None]:
-        """These processes belong to one fault. Raises NotNow."""
-        if any(node in self.hit_nodes for node in nodes):
-            raise NotNow
-        self.hit_nodes.update(nodes)
-        self.down.update(nodes)
-        self.note_health()
-        try:
-            yield
-        finally:
-            self.hit_nodes.difference_update(nodes)
-
-    @contextmanager
-    def roads(self, roads: Iterable[Road]) -> Iterator[list[Road]]:
-        """These roads belong to one fault, and are open at its end. Raises NotNow."""
-        given = list(roads)
-        if self.hit_roads.intersection(given):
-            raise NotNow
-        self.hit_roads.update(given)
-        self.note_health()
-        try:
-            yield given
-        finally:
-            self.proxy.open(given)
-            self.hit_roads.difference_update(given)
-            self.note_health()
-
-    def note_health(self) -> None:
-        """Note it when a majority that no fault touches has come or gone."""
-        sound = [node.address for node in self.cluster if node not in self.down]
-        majority = len(self.cluster) // 2 + 1
-        is_healthy = any(
-            not self.hit_roads.intersection(both_ways(some, some)) for some in itertools.combinations(sound, majority)
-        )
-        if not self.healthy or self.healthy[-1][1] is not is_healthy:
-            self.healthy.append((self.seconds(), is_healthy))
-
-    def watch(self, stopping: threading.Event) -> None:
-        """See which nodes answer again, and that none ends by itself."""
-        ended: set[NodeProcess] = set()
-        while not stopping.wait(_WATCH_S):
-            for node in self.whole:
-                if not node.is_running and node not in self.hit_nodes | ended:
-                    ended.add(node)
-                    self.problems.append(Problem("ended", node.name, f"the process ended by itself: {node}"))
-                elif node in self.down and node.status(0.5) is not None and node not in self.hit_nodes:
-                    self.down.discard(node)
-                    self.note_health()
-
-
-def _choose(chance: random.Random, nodes: Sequence[NodeProcess]) -> NodeProcess:
-    if not nodes:
-        raise NotNow
-    return chance.choice(nodes)
-
 
 # --- the faults -----------------------------------------------------------------------------------------------
 
-Act = Callable[[Arena, random.Random], AbstractContextManager[str]]
-
-
-class Fault(NamedTuple):
-    """One kind of fault: entered when it begins, left when it ends; what it yields says whom it hits."""
-
-    act: Act
-    least_s: float
-    most_s: float
-    weight: int = 2
-
 
 @contextmanager
-def _kill(arena: Arena, nodes: Sequence[NodeProcess]) -> Iterator[str]:
+def kill_nodes(arena: Arena, nodes: Sequence[NodeProcess]) -> Iterator[str]:
     """kill -9 to these at once; started again at the end."""
     with arena.hitting(*nodes):
         arena.cluster.kill(nodes)
@@ -161,20 +37,21 @@ def _kill(arena: Arena, nodes: Sequence[NodeProcess]) -> Iterator[str]:
 
 def kill(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """kill -9 of one node."""
-    return _kill(arena, [arena.any_node(chance)])
+    return kill_nodes(arena, [arena.any_node(chance)])
 
 
 def kill_leader(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:  # noqa: ARG001
     """kill -9 of the leader."""
-    return _kill(arena, [arena.leader()])
+    return kill_nodes(arena, [arena.leader()])
 
 
 def kill_minority(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """kill -9 of as many nodes as may be down, at once."""
-    count = (len(arena.cluster) - 1) // 2
-    if len(arena.whole) < count:
+    count = (len(arena.roll.members.voters) - 1) // 2
+    whole = [node for node in arena.voters if node not in arena.hit_nodes]
+    if not 0 < count <= len(whole):
         raise NotNow
-    return _kill(arena, chance.sample(arena.whole, count))
+    return kill_nodes(arena, chance.sample(whole, count))
 
 
 @contextmanager
@@ -206,7 +83,7 @@ def kill_in_start(arena: Arena, chance: random.Random) -> Iterator[str]:
 
 
 @contextmanager
-def _stop(arena: Arena, node: NodeProcess) -> Iterator[str]:
+def stop_node(arena: Arena, node: NodeProcess) -> Iterator[str]:
     """SIGSTOP; SIGCONT at the end. Its connections stay, and what comes meanwhile waits for it."""
     with arena.hitting(node):
         node.pause()
@@ -216,16 +93,17 @@ def _stop(arena: Arena, node: NodeProcess) -> Iterator[str]:
 
 def stop(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """SIGSTOP of one node."""
-    return _stop(arena, arena.any_node(chance))
+    return stop_node(arena, arena.any_node(chance))
 
 
 def stop_leader(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:  # noqa: ARG001
     """SIGSTOP of the leader: it wakes up and believes that it leads."""
-    return _stop(arena, arena.leader())
+    return stop_node(arena, arena.leader())
 
 
 @contextmanager
-def _hold(arena: Arena, roads: Iterable[Road], words: str) -> Iterator[str]:
+def cut_roads(arena: Arena, roads: Iterable[Road], words: str) -> Iterator[str]:
+    """Nothing goes along these; `words` say whom that hits."""
     with arena.roads(roads) as held:
         for a, b in held:
             arena.proxy.cut_one_way(a, b)
@@ -234,14 +112,14 @@ def _hold(arena: Arena, roads: Iterable[Road], words: str) -> Iterator[str]:
 
 def cut(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """The link between two nodes, both ways; a third one still reaches both."""
-    a, b = chance.sample(arena.cluster.addresses, 2)
-    return _hold(arena, [(a, b), (b, a)], f"between {a} and {b}")
+    a, b = _two(arena, chance)
+    return cut_roads(arena, [(a, b), (b, a)], f"between {a} and {b}")
 
 
 def cut_one_way(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """What goes from one node to another."""
-    a, b = chance.sample(arena.cluster.addresses, 2)
-    return _hold(arena, [(a, b)], f"from {a} to {b}")
+    a, b = _two(arena, chance)
+    return cut_roads(arena, [(a, b)], f"from {a} to {b}")
 
 
 def mute(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
@@ -249,35 +127,35 @@ def mute(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     node = _often_leader(arena, chance)
     others = arena.others(node)
     if chance.random() < 0.5:
-        return _hold(arena, [(node.address, other) for other in others], f"{node.name} is not heard")
-    return _hold(arena, [(other, node.address) for other in others], f"{node.name} hears nobody")
+        return cut_roads(arena, [(node.address, other) for other in others], f"{node.name} is not heard")
+    return cut_roads(arena, [(other, node.address) for other in others], f"{node.name} hears nobody")
 
 
 def isolate(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """One node from all others."""
     node = arena.any_node(chance)
-    return _hold(arena, both_ways([node.address], arena.others(node)), node.name)
+    return cut_roads(arena, both_ways([node.address], arena.others(node)), node.name)
 
 
 def isolate_leader(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:  # noqa: ARG001
     """The leader from all others, while clients reach it."""
     node = arena.leader()
-    return _hold(arena, both_ways([node.address], arena.others(node)), node.name)
+    return cut_roads(arena, both_ways([node.address], arena.others(node)), node.name)
 
 
 def split(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """The cluster in two groups; one of them may be no more than a node."""
-    addresses = chance.sample(arena.cluster.addresses, len(arena.cluster))
+    addresses = _all(arena, chance)
     at = chance.randint(1, len(addresses) // 2)
-    return _hold(arena, both_ways(addresses[:at], addresses[at:]), f"{addresses[:at]} from {addresses[at:]}")
+    return cut_roads(arena, both_ways(addresses[:at], addresses[at:]), f"{addresses[:at]} from {addresses[at:]}")
 
 
 def bridge(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """Two groups that see each other only through one node that both reach."""
-    addresses = chance.sample(arena.cluster.addresses, len(arena.cluster))
+    addresses = _all(arena, chance)
     middle, rest = addresses[0], addresses[1:]
     half = len(rest) // 2
-    return _hold(arena, both_ways(rest[:half], rest[half:]), f"only {middle} reaches all")
+    return cut_roads(arena, both_ways(rest[:half], rest[half:]), f"only {middle} reaches all")
 
 
 @contextmanager
@@ -306,7 +184,7 @@ def slow_clients(arena: Arena, chance: random.Random) -> Iterator[str]:
 def cut_clients(arena: Arena, chance: random.Random) -> AbstractContextManager[str]:
     """No answer of one node reaches its clients: what they ask it is done, and they are not told."""
     node = arena.any_node(chance)
-    return _hold(arena, [(node.address, CLIENTS)], node.name)
+    return cut_roads(arena, [(node.address, CLIENTS)], node.name)
 
 
 @contextmanager
@@ -325,7 +203,7 @@ def reset(arena: Arena, chance: random.Random) -> Iterator[str]:
 @contextmanager
 def refuse(arena: Arena, chance: random.Random) -> Iterator[str]:
     """Between two nodes every connection is reset, and each new one."""
-    a, b = chance.sample(arena.cluster.addresses, 2)
+    a, b = _two(arena, chance)
     with arena.roads([(a, b), (b, a)]):
         arena.proxy.refuse(a, b)
         yield f"between {a} and {b}"
@@ -360,16 +238,30 @@ def outlive(arena: Arena, chance: random.Random) -> Iterator[str]:
 def wake_alone(arena: Arena, chance: random.Random) -> Iterator[str]:
     """SIGSTOP of the leader; when it wakes up it is cut off from the others, and from what they have said meanwhile."""
     node = arena.leader()
-    with arena.roads(both_ways([node.address], arena.others(node))), arena.hitting(node):
+    with cut_roads(arena, both_ways([node.address], arena.others(node)), node.name) as words, arena.hitting(node):
         node.pause()
-        arena.proxy.isolate(node.address)
         time.sleep(chance.uniform(0.3, 4.0))
         node.resume()
-        yield node.name
+        yield words
 
 
 def _often_leader(arena: Arena, chance: random.Random) -> NodeProcess:
     return arena.leader() if chance.random() < 0.5 else arena.any_node(chance)
+
+
+def _all(arena: Arena, chance: random.Random) -> list[str]:
+    """The addresses of all nodes, in any order."""
+    addresses = list(arena.cluster.addresses)
+    chance.shuffle(addresses)
+    return addresses
+
+
+def _two(arena: Arena, chance: random.Random) -> list[str]:
+    """The addresses of two members."""
+    nodes = arena.members
+    if len(nodes) < 2:
+        raise NotNow
+    return [node.address for node in chance.sample(nodes, 2)]
 
 
 def _names(nodes: Iterable[NodeProcess]) -> str:
@@ -406,10 +298,18 @@ FAULTS: Final = {
 class Monkey:
     """Does faults at random: episodes of one to three at once, and quiet moments between them."""
 
-    def __init__(self, arena: Arena, names: Sequence[str], seed: int, tick: Callable[[], None] = lambda: None) -> None:
-        """`names`: of the faults to do. `tick`: called often while it runs."""
+    def __init__(
+        self,
+        arena: Arena,
+        names: Sequence[str],
+        seed: int,
+        tick: Callable[[], None] = lambda: None,
+        more: Mapping[str, Fault] = MappingProxyType({}),
+    ) -> None:
+        """`names`: of the faults to do. `tick`: called often while it runs. `more`: faults besides `FAULTS`."""
         self._arena = arena
         self._names = list(names)
+        self._faults = {**FAULTS, **more}
         self._chance = random.Random(seed)
         self._tick = tick
         self.schedule: list[dict[str, Any]] = []
@@ -427,7 +327,7 @@ class Monkey:
                     self._begin()
                     self._wait(self._chance.uniform(0.0, 1.5))
                 while self._active:
-                    self._wait(_WATCH_S)
+                    self._wait(WATCH_S)
                 self._wait(self._chance.uniform(0.3, 2.5))
         finally:
             self._end(everything=True)
@@ -440,13 +340,14 @@ class Monkey:
 
     def _begin(self) -> None:
         """One fault. What the seed gives does not depend on whom it hits."""
-        name = self._chance.choices(self._names, [FAULTS[name].weight for name in self._names])[0]
-        lasts = self._chance.uniform(FAULTS[name].least_s, FAULTS[name].most_s)
+        name = self._chance.choices(self._names, [self._faults[name].weight for name in self._names])[0]
+        fault = self._faults[name]
+        lasts = self._chance.uniform(fault.least_s, fault.most_s)
         chance = random.Random(self._chance.getrandbits(64))
         entry: dict[str, Any] = {"fault": name, "began": round(self._arena.seconds(), 3)}
         stack = ExitStack()
         try:
-            entry["hit"] = stack.enter_context(FAULTS[name].act(self._arena, chance))
+            entry["hit"] = stack.enter_context(fault.act(self._arena, chance))
         except NotNow:
             return
         entry["in_force"] = round(self._arena.seconds(), 3)
@@ -462,7 +363,7 @@ class Monkey:
             left = until - self._arena.seconds()
             if left <= 0:
                 return
-            time.sleep(min(left, _WATCH_S / 2))
+            time.sleep(min(left, WATCH_S / 2))
 
     def _end(self, everything: bool = False) -> None:
         now = self._arena.seconds()

@@ -176,18 +176,18 @@ class NodeProcess:
         options: Sequence[str] = (),
         listen: str | None = None,
         join: Sequence[str] = (),
+        disk: int = 1,
     ) -> None:
         """`members`: addresses of the cluster, this one's among them or not. The data goes below `directory`.
         `environment`: settings (HB_TIME, ...). `options`: more of the command line. `listen`: where it listens, when
-        that is not its address. `join`: it asks these members to be taken, and `members` are not told to it. Nothing is
-        started yet."""
+        that is not its address. `join`: it asks these members to be taken, and `members` are not told to it. `disk`:
+        the how manieth of this address it has; each has a name of its own. Nothing is started yet."""
         self.address = address
         self.join = list(join)
         self.listen = listen or address
         self.members = sorted({address, *members})
-        self.name = f"node-{parse_address(address)[1]}"
-        self.volume = directory / self.name
-        self.log_file = directory / f"{self.name}.log"
+        self._directory = directory
+        self._take_disk(disk)
         self.environment = dict(environment or {})
         self.options = list(options)
         self.is_paused = False
@@ -203,6 +203,12 @@ class NodeProcess:
             return f"ended with status {self._process.returncode}"
         return f"process {self._process.pid}" + (", paused" if self.is_paused else "")
 
+    def _take_disk(self, disk: int) -> None:
+        self.disk = disk
+        self.name = f"node-{parse_address(self.address)[1]}" + (f".{disk}" if disk > 1 else "")
+        self.volume = self._directory / self.name
+        self.log_file = self._directory / f"{self.name}.log"
+
     # --- its life ---
 
     @property
@@ -217,6 +223,11 @@ class NodeProcess:
     @property
     def is_running(self) -> bool:
         return self._process is not None and self._process.poll() is None
+
+    @property
+    def was_started(self) -> bool:
+        """True once it has had a process."""
+        return self._process is not None
 
     @property
     def pid(self) -> int:
@@ -251,6 +262,14 @@ class NodeProcess:
         """kill -9, and its disk is lost."""
         self.kill()
         shutil.rmtree(self.volume)
+
+    def exchange_disk(self) -> str:
+        """kill -9, and there is an empty disk in place of its own. For the node its disk is lost; for whoever wants to
+        know what was on it, it stays under the old name, which is returned. The log begins anew, too."""
+        self.kill()
+        name = self.name
+        self._take_disk(self.disk + 1)
+        return name
 
     def pause(self) -> None:
         """SIGSTOP: it does nothing any more, and its connections stay."""
@@ -410,29 +429,37 @@ class ClusterOfProcesses:
         environment: Mapping[str, str] | None = None,
         options: Sequence[str] = (),
         proxied: bool = False,
+        spares: int = 0,
     ) -> None:
         """`directory`: where data and logs go and stay; None: a temporary one. `environment` and `options`: for every
-        node, see `NodeProcess`. Nothing is started yet, but a proxy."""
+        node, see `NodeProcess`. `spares`: so many nodes more may come later (`newcomer`) when there is a proxy, which
+        has to know their addresses from the beginning. Nothing is started yet, but a proxy."""
         self._temporary = None if directory else tempfile.TemporaryDirectory(prefix="raftnode-cluster-")
         self.directory = Path(directory or self._temporary.name)  # type: ignore[union-attr]
-        found = free_addresses(2 * size if proxied else size)
-        self.addresses, listens = found[:size], found[-size:]
+        count = size + spares
+        found = free_addresses(2 * count if proxied else size)
+        listens = dict(zip(found[:count], found[-count:], strict=True)) if proxied else {each: each for each in found}
+        self.addresses = found[:size]
         self.nodes = [
-            NodeProcess(address, self.addresses, self.directory, environment, options, listen)
-            for address, listen in zip(self.addresses, listens, strict=True)
+            NodeProcess(address, self.addresses, self.directory, environment, options, listens[address])
+            for address in self.addresses
         ]
-        self._proxy = Proxy(dict(zip(self.addresses, listens, strict=True))) if proxied else None
+        self._proxy = Proxy(listens) if proxied else None
         self._given = (environment, options)
         self._left: list[NodeProcess] = []
+        self._listens = listens
+        self._spares = dict.fromkeys(found[size:count], 1) if proxied else {}  # and its next disk
 
     def newcomer(self, *via: NodeProcess) -> NodeProcess:
         """A node with an empty directory that is going to join, asking these members (default: all). It counts as one
         of the cluster's from now on; not started yet."""
-        assert self._proxy is None, "a proxy knows its nodes from the beginning"
+        assert self._proxy is None or self._spares, "a proxy knows its nodes from the beginning"
         environment, options = self._given
-        address = free_address()
+        address = next(iter(self._spares), None) or free_address()
+        disk = self._spares.pop(address, 1)
+        listen = self._listens.get(address)
         asked = [node.address for node in via or self.nodes]
-        node = NodeProcess(address, [], self.directory, environment, options, join=asked)
+        node = NodeProcess(address, [], self.directory, environment, options, listen, asked, disk)
         self.nodes.append(node)
         self.addresses.append(address)
         return node
@@ -442,6 +469,17 @@ class ClusterOfProcesses:
         self.nodes.remove(node)
         self.addresses.remove(node.address)
         self._left.append(node)
+
+    def reuse(self, node: NodeProcess) -> None:
+        """The address of a node that was let go, and has ended, is free for a newcomer with an empty disk."""
+        assert not node.is_running, f"{node.name} has the address still"
+        self._left.remove(node)
+        self._spares[node.address] = node.disk + 1
+
+    @property
+    def spares(self) -> int:
+        """How many more may come while there is a proxy."""
+        return len(self._spares)
 
     def __getitem__(self, index: int) -> NodeProcess:
         return self.nodes[index]
@@ -534,16 +572,17 @@ class ClusterOfProcesses:
         return Client([*self.addresses[first:], *self.addresses[:first]], timeout=timeout)
 
     def leader(self) -> NodeProcess | None:
-        """The node that a majority of the members takes for the leader of one term, itself among them; None when
-        there is none now."""
+        """The node that a majority of the voters, by its own word, takes for the leader of one term; None when there is
+        none now."""
         statuses = {node.address: node.status() for node in self.running}
         for node in self.running:
             own = statuses[node.address]
             if own is None or own["role"] != "leader":
                 continue
             belief = (node.address, own["term"])
-            believers = [status for status in statuses.values() if status and _belief(status) == belief]
-            if len(believers) > len(self.nodes) // 2:
+            voters = [address for address, member in own["members"].items() if member["voter"]]
+            believers = [status for voter in voters if (status := statuses.get(voter)) and _belief(status) == belief]
+            if len(believers) > len(voters) // 2:
                 return node
         return None
 

@@ -89,6 +89,10 @@ class _Road:
         self.connecting: set[_Pair] = set()
         """Connections that wait to be made."""
 
+    @property
+    def is_disturbed(self) -> bool:
+        return self.passage is not Passage.PASS or self.delay_s > 0 or self.rate is not None
+
     def arrival(self, now: float, size: int, chance: random.Random) -> float:
         """When bytes that set out now arrive."""
         if self.rate is not None:
@@ -508,6 +512,15 @@ class Proxy:
     def state(self, a: str, b: str) -> Passage:
         """What becomes of bytes from `a` to `b` now."""
         return self._run(lambda: self.road(a, b).passage)
+
+    @property
+    def disturbed(self) -> list[tuple[str, str]]:
+        """The directions that are not as they were at first."""
+
+        def found() -> list[tuple[str, str]]:
+            return sorted(between for between, road in self._roads.items() if road.is_disturbed)
+
+        return self._run(found)
 
     @property
     def waiting_bytes(self) -> int:

@@ -40,6 +40,8 @@ PATIENCE_S: Final = 60.0
 
 _LIMIT: Final = Settings().peer_frame_bytes
 _THINK_S: Final = 0.004
+_MOVES_ON: Final = 0.2
+"""How likely it is that who was told that it asks no member asks another node next: the others look at what it says."""
 
 
 class Window:
@@ -87,9 +89,11 @@ class ChaosClient:
         with contextlib.closing(self):
             while not stopping.wait(self._chance.uniform(0, 2 * _THINK_S)):
                 if self._connection is None or self._chance.random() < 0.05:
-                    self._connect(self._chance.choice(self._addresses))
+                    self._connect(self._chance.choice(tuple(self._addresses)))  # nodes may come and go
                 if self._connection is not None:
-                    self.request(self._invent())
+                    code = self.request(self._invent()).code
+                    if code == "not_member" and self._chance.random() < _MOVES_ON:
+                        self.close()
 
     def close(self) -> None:
         if self._connection is not None:
@@ -100,6 +104,16 @@ class ChaosClient:
         """Read these at one node, each until there is an answer."""
         for namespace, key in places:
             wait_until(partial(self._read_one, address, namespace, key), f"{key} is read at {address}", PATIENCE_S)
+
+    def fill(self, address: str, count: int, size: int) -> None:
+        """Write so many values of about `size` bytes, so that a snapshot has something to send."""
+        for number in range(count):
+            put = Operation(client="", kind="put", namespace=NAMESPACES[1], key=f"weight-{number}", invoked=0.0)
+            put.value = "w" * size
+            if self._connection is None:
+                self._connect(address)
+            if self._connection is not None:
+                self.request(put)
 
     def _read_one(self, address: str, namespace: str, key: str) -> bool:
         if self._connection is None:
@@ -137,7 +151,7 @@ class ChaosClient:
         operation.client = f"{self.name}.{self._count}"
         operation.node = self._connection.address
         if operation.kind == "put":
-            operation.value = f"{operation.client} {'x' * self._size()}"
+            operation.value = f"{operation.client} {operation.value or 'x' * self._size()}"
         line = encode_object(_message(operation))
         timeout = self._chance.choice((0.2, 2.0, 2.0, 2.0, 6.0))
         operation.invoked = time.monotonic()

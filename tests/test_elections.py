@@ -703,6 +703,24 @@ def test_leader_that_dies_is_replaced_within_a_few_heartbeats() -> None:
     assert len(network.leaders) == 1
 
 
+@pytest.mark.parametrize("seed", range(50))
+def test_followers_that_campaign_at_once_soon_try_again(seed: int) -> None:
+    """Both followers see at the same moment that the leader has died, campaign in that moment, and each votes for
+    itself. Nobody waits for a whole time-out then: one of them leads long before the shortest one is over. From 50
+    seeds. (Thesis 3.4.)"""
+    network = Network(3, seed=seed)
+    network.elect("1")
+    network.run(0.5)
+    network.crash("1")
+    before = network.now
+    for name in ("2", "3"):
+        network.turn(name, lambda raft: raft.suspect("1"), lambda raft: raft.campaign())
+    while not network.leaders:
+        network.run(0.01)
+    assert network[network.leaders[0]].raft.term > 2, "the votes were split in the first term"
+    assert network.now - before < LOW
+
+
 def test_suspicion_of_one_follower_deposes_nobody() -> None:
     """One follower loses its connection to the leader, while the others hear it: its pre-vote is refused, and nothing
     changes. (Thesis 9.6; TRAPS 14.)"""

@@ -216,7 +216,7 @@ def test_one_change_at_a_time() -> None:
 
 def test_change_that_leaves_no_live_majority_is_refused() -> None:
     """3 is down. Without 2 there would be 1 and 3, and one of two is no majority: refused, unless with force. Taking
-    out 3 itself is fine. (issue.)"""
+    out 3 itself is fine."""
     network = led_by_1()
     network.crash("3")
     network.run(LOW + 2 * BEAT)
@@ -234,6 +234,20 @@ def test_change_that_leaves_no_live_majority_is_refused() -> None:
     network.restart("3")
     network.run(5.0)
     assert network.leaders, "it goes on when 3 is back, by the one membership or the other"
+
+
+def test_a_new_leader_counts_only_on_who_has_answered_it() -> None:
+    """3 is dead when 1 hands over to 2. A new leader steps down only when an election timeout has gone by without a
+    majority; but whether a change leaves a live one it can't tell from that: without 1 there would be 2 and 3, which
+    has never answered it. It is refused, though 2 leads only since a moment. (Found by the simulator, seed 157.)"""
+    network = led_by_1()
+    network.crash("3")
+    network.turn("1", lambda raft: raft.hand_over("2"))
+    network.deliver()
+    assert network["2"].raft.may_serve_reads
+    assert not network["2"].raft.is_silent("3")
+    assert refusal(network, "2", remove("1")) == "no_live_majority"
+    network.change("2", remove("3"))
 
 
 def test_change_is_in_force_when_appended_and_gone_when_cut() -> None:

@@ -22,6 +22,8 @@ class Progress:
         """(last commit_id, when sent) of each `data` message under way."""
         self.heard_at = now
         """When it last answered in this term. A new leader grants everyone one election timeout."""
+        self.has_answered = False
+        """... and that was no grant."""
         self.round = 0
         """The newest read round that it confirmed."""
         self.told = 0
@@ -31,6 +33,11 @@ class Progress:
         self._asked = 0
         self._probe_due = True
         self._held_back = False
+
+    def heard(self, now: float) -> None:
+        """The member has answered, whatever it said."""
+        self.heard_at = now
+        self.has_answered = True
 
     def may_send(self, last: int, window: int) -> bool:
         """True when there is something to send and room in the window of unanswered messages."""

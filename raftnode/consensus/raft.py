@@ -450,7 +450,7 @@ class Raft:
         self.check_may_change()
         assert len(voters_changed(self.membership, command)) <= 1, "one at a time: majorities must overlap"
         if not force and not self._has_live_majority(command):
-            alive = ", ".join(sorted(self._heard() & command.voters.keys())) or "none"
+            alive = ", ".join(sorted(self._answering() & command.voters.keys())) or "none"
             raise ChangeRefused(
                 "no_live_majority",
                 f"of the voters {', '.join(command.voters)} that this would leave, only these answer: {alive}. That is "
@@ -465,7 +465,12 @@ class Raft:
     def _has_live_majority(self, command: MembersCommand) -> bool:
         """A change that gives or takes no vote can't make it worse."""
         after = Membership(voters=command.voters)
-        return after.is_majority(self._heard()) or not voters_changed(self.membership, command)
+        return after.is_majority(self._answering()) or not voters_changed(self.membership, command)
+
+    def _answering(self) -> set[str]:
+        """As `_heard`, without those whom a new leader only grants that they may be there."""
+        heard = self._heard()
+        return {self.me, *(p for p, progress in self.progress.items() if progress.has_answered and p in heard)}
 
     def next_change(self) -> MembersCommand | None:
         """What this leader should change now by itself: see `changes.next_steps`."""
@@ -787,7 +792,7 @@ class Raft:
         progress = self.progress.get(peer)
         if progress is None:
             return
-        progress.heard_at = self._now
+        progress.heard(self._now)
         progress.round = max(progress.round, min(answer.round, self.reads.number))
         if not progress.unanswered and answer.commit_id < min(progress.told, progress.match):
             progress.lost()  # it was restarted and does not know any more that it matches
@@ -803,7 +808,7 @@ class Raft:
         progress = self.progress.get(peer)
         if progress is None:
             return
-        progress.heard_at = self._now
+        progress.heard(self._now)
         if answer.data and answer.match > self.journal.last.id.commit_id:
             self.complaint = f"{peer} says that it holds {answer.match}, which was never sent"
         elif answer.data:
@@ -830,7 +835,7 @@ class Raft:
         progress = self.progress.get(peer)
         if progress is None:
             return
-        progress.heard_at = self._now
+        progress.heard(self._now)
         if answer.match > self.journal.last.id.commit_id:
             self.complaint = f"{peer} says that it holds {answer.match}, which was never sent"
         elif answer.data and answer.match > progress.match:

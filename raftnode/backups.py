@@ -19,6 +19,7 @@ from raftnode.messages import Backup, BackupAnswer
 from raftnode.snapshots import Overflow, Pace, Transfer
 from raftnode.store import Store
 
+_NEVER: Final = float("inf")
 _TOO_MUCH: Final = "more is written than this node may remember for a backup; try again when there is less to do"
 
 
@@ -83,8 +84,10 @@ class Backups:
 
     def due(self) -> float:
         """When `send` should be called at the latest; a turn comes by itself when something is committed."""
+        if not self._open:
+            return _NEVER
         waiting = [backup for backup in self._open.values() if backup.waiting is not None]
-        return min((backup.due for backup in waiting if self._is_fresh_for(backup)), default=float("inf"))
+        return min((backup.due for backup in waiting if self._is_fresh_for(backup)), default=_NEVER)
 
     def _is_fresh_for(self, backup: _Open) -> bool:
         assert backup.waiting is not None, "somebody waits"

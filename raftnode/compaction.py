@@ -36,10 +36,10 @@ class Retention:
     ) -> Mark:
         """Delete the oldest entries, as many as are too many, but not many more than this transaction appends. Returns
         the new base."""
-        entries = max(self._settings.compaction_step, 2 * len(appended))
-        size = max(self._settings.compaction_bytes, 2 * sum(entry.size for entry in appended))
         if not self._is_too_long(commit_id - base.id.commit_id):
             return base
+        entries = max(self._settings.compaction_step, 2 * len(appended))
+        size = max(self._settings.compaction_bytes, 2 * sum([entry.size for entry in appended]))
         with txn.cursor(db) as cursor:
             cursor.first()
             while entries > 0 and size > 0 and self._is_too_long(commit_id - base.id.commit_id):

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from raftnode.transport import Transport
 
 
-class Wire(asyncio.Protocol):
+class Wire(asyncio.BufferedProtocol):
     """What both ends share: framing in, batched writes out."""
 
     transport: asyncio.Transport
@@ -66,6 +66,18 @@ class Wire(asyncio.Protocol):
         self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.is_open = True
 
+    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - always all of it
+        """Where asyncio puts what it reads next. All connections share it, as what came is copied out at once: a buffer
+        of this size made for each read costs three system calls."""
+        return self.owner.read_buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.data_received(bytes(self.owner.read_buffer[:nbytes]))
+
+    def data_received(self, data: bytes) -> None:
+        """Take what has come."""
+        raise NotImplementedError
+
     def send(self, message: Answer | PeerRequest | ClientRequest | Hello) -> None:
         """Put a message into the batch that goes out with the next flush."""
         line = encode(message)
@@ -76,9 +88,9 @@ class Wire(asyncio.Protocol):
 
     def flush(self) -> None:
         """Write the batch."""
-        if self.is_open and self._out:
-            self.transport.write(b"".join(self._out))
-        self._out.clear()
+        out, self._out = self._out, []
+        if self.is_open and out:
+            self.transport.write(out[0] if len(out) == 1 else b"".join(out))
         self._out_bytes = 0
 
     def pause_writing(self) -> None:
@@ -113,6 +125,9 @@ class _Line:
     parting: Parting
     refusal: _Refused | None
     """The answer to the whole line, until it is known whether it has several parts."""
+
+
+_OPENED: Final = (Arrival, _Refused)
 
 
 class Connection(Wire):
@@ -211,19 +226,23 @@ class Connection(Wire):
         Frames are decoded only here, and only so many at a time and while there is time, so that no client takes the
         loop for itself.
         """
-        ready: list[Arrival] = []
-        limit, decoded = self.owner.settings.pipeline_requests, 0
-        while self._backlog and not self.is_full and self._under_way < limit:
-            item = self._backlog[0]
-            if not isinstance(item, Arrival | _Refused):
-                if decoded >= _MOST_AT_ONCE or not self._has_time:
+        ready: list[Letter] = []
+        backlog, limit, decoded = self._backlog, self.owner.settings.pipeline_requests, 0
+        while backlog and not self.is_full and self._under_way < limit:
+            item = backlog.popleft()
+            if not isinstance(item, _OPENED):
+                if decoded and (decoded >= _MOST_AT_ONCE or not self._has_time):
+                    backlog.appendleft(item)
                     self._pump_soon()
                     break
-                decoded += self._open(self._backlog.popleft())
-                continue
+                opened, cost = self._open(item)
+                decoded += cost
+                if opened is None:
+                    continue  # what came of it is at the front of the backlog
+                item = opened
             if self._in_order and item.id is UNSET:
+                backlog.appendleft(item)
                 break
-            self._backlog.popleft()
             if isinstance(item, _Refused):
                 self._send_soon(item.answer)
             elif self._may_not_be_refused(item) or self.owner.has_memory_for(item.size, self._under_way_bytes):
@@ -231,10 +250,13 @@ class Connection(Wire):
                 ready.append(item)
             else:
                 self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
-        if self._backlog and self.owner.is_full:
+        if backlog and self.owner.is_full:
             self._pump_soon()
-        self.owner.deliver(ready, limited=self.peer is None)
-        self._read_on(not self._backlog and not self._unread)
+        if ready:
+            self.owner.deliver(ready, limited=self.peer is None)
+        else:
+            self.owner.come_round_soon()
+        self._read_on(not backlog and not self._unread)
         self._note_held()
 
     def _may_not_be_refused(self, arrival: Arrival) -> bool:
@@ -253,49 +275,45 @@ class Connection(Wire):
             self._take_unread()
             self._pump()
 
-    def _open(self, item: Frame | _Line | Arrival | _Refused) -> int:
-        """Put what a frame holds at the front of the backlog: a request, a refusal, or the first of several. Returns
-        what that has cost, in frames."""
-        if isinstance(item, TooLong):
-            why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"
-            self._backlog.appendleft(_Refused(failure("error", "too_large", why)))
-            return 1
+    def _open(self, item: Frame | _Line) -> tuple[Arrival | _Refused | None, int]:
+        """What a frame holds: a request, or a refusal. None when it may be several, or more has to be looked at first:
+        what is left of it stands at the front of the backlog then. And what that has cost, in frames."""
+        if isinstance(item, bytes):
+            return self._decode(item, is_part=self.framer.lines_only)
         if isinstance(item, _Line):
             return self._part(item)
-        assert isinstance(item, bytes)
-        return self._decode(item, is_part=self.framer.lines_only)
+        why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"
+        return _Refused(failure("error", "too_large", why)), 1
 
-    def _part(self, item: _Line) -> int:
+    def _part(self, item: _Line) -> tuple[Arrival | _Refused | None, int]:
         part = item.parting.next()
         if part is None:
             self._backlog.appendleft(item)  # go on when others have had their turn
-            return _MOST_AT_ONCE
+            return None, _MOST_AT_ONCE
         if item.refusal is not None and item.parting.is_over:
-            self._backlog.appendleft(item.refusal)
-            return _BAD_COUNTS
+            return item.refusal, _BAD_COUNTS
         item.refusal = None
         if not item.parting.is_over:
             self._backlog.appendleft(item)
         return self._decode(part, is_part=True)
 
-    def _decode(self, frame: bytes, is_part: bool) -> int:
+    def _decode(self, frame: bytes, is_part: bool) -> tuple[Arrival | _Refused | None, int]:
         try:
             message = decode_request(frame)
             if isinstance(message, Put):
                 check_value(message.value, self.owner.settings)
         except Malformed as error:
             refusal = _Refused(error.answer())
-            may_be_several = not is_part and not error.is_object
-            self._backlog.appendleft(_Line(Parting(frame), refusal) if may_be_several else refusal)
-            return _BAD_COUNTS
+            if is_part or error.is_object:
+                return refusal, _BAD_COUNTS
+            self._backlog.appendleft(_Line(Parting(frame), refusal))
+            return None, _BAD_COUNTS
         except ProtocolError as error:
-            self._backlog.appendleft(_Refused(failure(message.name, error.code, str(error), message.id)))
-            return _BAD_COUNTS
+            return _Refused(failure(message.name, error.code, str(error), message.id)), _BAD_COUNTS
         if self.is_surplus and not isinstance(message, Hello):
             self.refuse_surplus()
-        else:
-            self._backlog.appendleft(Arrival(message, self, len(frame), is_checked=True))
-        return 1
+            return None, 1
+        return Arrival(message, self, len(frame), is_checked=True), 1
 
     def _begin(self, arrival: Arrival) -> None:
         self._under_way += 1
@@ -328,9 +346,9 @@ class Connection(Wire):
         """Tell the owner what this connection keeps at the node, besides requests under way."""
         if not self._backlog:
             self._backlog_bytes = 0
-        held = len(self.framer.pending) + self._backlog_bytes + len(self._unread)
+        held = len(self.framer.pending) + self._backlog_bytes + len(self._unread) + self._out_bytes
         if self.is_open:
-            held += self._out_bytes + self.transport.get_write_buffer_size()
+            held += self.transport.get_write_buffer_size()
         if held != self.held:
             self.owner.note_held(self, held)
 
@@ -384,7 +402,8 @@ class Connection(Wire):
         super().flush()
         if self._backlog:
             self._pump_soon()
-        self._close_when_done()
+        if self._is_closing:
+            self._close_when_done()
         self._note_held()
 
     def resume_writing(self) -> None:
@@ -469,7 +488,7 @@ class Link(Wire):
         except ProtocolError as error:
             self.owner.log.warning("link_broken", extra={"peer": self.peer, "why": str(error)})
             self.cut()
-        self.owner.deliver(letters, limited=False)
+        self.owner.deliver_from_link(letters)
 
     def _take_frame(self, frame: Frame, letters: list[Letter]) -> None:
         if isinstance(frame, TooLong):
@@ -491,6 +510,6 @@ class Link(Wire):
             self.owner.live.discard(self.peer)
         forwarded = [arrival for _, arrival in self._waiting.values() if arrival is not None]
         self._waiting.clear()
-        self.owner.deliver([Cut(self.peer, self, forwarded)], limited=False)
+        self.owner.deliver_from_link([Cut(self.peer, self, forwarded)])
         if not self.ended.done():
             self.ended.set_result(None)

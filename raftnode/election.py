@@ -25,7 +25,7 @@ import queue
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from msgspec import UNSET, Struct
@@ -175,6 +175,7 @@ class Election:
         self._is_timed = False
         self._has_ended = False
         self._effects_since: float | None = None
+        self._flush_delay = self.settings.flush_delay_ms / 1000
         self._readers_checked = self._started
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
@@ -213,20 +214,33 @@ class Election:
                 self._post(ready)
             self.transport.flush()
 
-            has_installed = self._must_write(ready) and self._write(ready, clock)
-            self.raft.written(has_installed)
+            if must_write := self._must_write(ready):
+                self.raft.written(has_installed=self._write(ready, clock))
 
             if ready.ballot is not None:
                 self._post(ready)
-            self._give(ready.promises)
-            self._finish()
+            if ready.promises:
+                self._give(ready.promises)
+            self._finish(must_write)
             self.transport.flush()
             return self._next_due()
+
+    def may_wait(self, letters: Sequence[Letter]) -> bool:
+        """True for answers of members that change nothing, as a majority has answered before; a turn comes with the
+        next request, or heartbeat. With three members that is one answer of two."""
+        for letter in letters:
+            if not isinstance(letter, Reply) or not isinstance(letter.answer, PeerAnswer):
+                return False
+            if not self.raft.may_wait(letter.peer, letter.answer):
+                return False
+        return True
 
     def _follow_membership(self) -> None:
         """Keep links with the members, from when a change is appended (rule 8). Who is taken out keeps its link until
         that is committed, and as long as it leads: it may have to answer what was passed on to it."""
         leader, now, before = self.raft.leader, self.store.journal.memberships, self._memberships
+        if now is before and leader == self._linked_leader:
+            return
         if now[-1] is before[-1] and now[0] is before[0] and leader == self._linked_leader:
             return
         self._memberships, self._linked_leader = now, leader
@@ -253,7 +267,7 @@ class Election:
             return False
         if self._effects_since is None:
             self._effects_since = self._now
-        return self._now - self._effects_since >= self.settings.flush_delay_ms / 1000
+        return self._now - self._effects_since >= self._flush_delay
 
     def _write(self, ready: Ready, clock: Callable[[], float]) -> bool:
         """The transaction; true when it has installed a snapshot."""
@@ -277,16 +291,18 @@ class Election:
             self._witnessed_at = self._now
             self.store.witnesses = self.raft.remember().facts()
 
-    def _finish(self) -> None:
-        """What the write has made possible: commits of a cluster of one, answers to hellos, and the housekeeping."""
-        while True:
+    def _finish(self, has_written: bool) -> None:
+        """What a write has made possible: commits, all of those of a cluster of one, and answers to hellos; and the
+        housekeeping, of which there is seldom any."""
+        is_news = has_written
+        while is_news or self.raft.applied < self.raft.commit_id:
             after = self.raft.ready()
             assert after.ballot is None, "nothing came in after the write that could change the ballot"
             self._settle(after)
             self._post(after)
-            if self.raft.applied == self.raft.commit_id:
-                break
-        self.handshake.finish()
+            is_news = False
+        if has_written:
+            self.handshake.finish()
         self.members.settle(self._now)
         self.snapshots.send(self._now)
         self.backups.send(self._now)
@@ -300,18 +316,20 @@ class Election:
             return self._now
         due = min(self.raft.deadline(), self.snapshots.due(), self.backups.due())
         if self._effects_since is not None or self.store.has_effects or self.store.has_leftover:
-            due = min(due, (self._effects_since or self._now) + self.settings.flush_delay_ms / 1000)
+            due = min(due, (self._effects_since or self._now) + self._flush_delay)
         return due
 
     def _settle(self, ready: Ready) -> None:
         """Apply what has committed and answer who waited for it. A majority holds it durably: that is all that these
         answers promise, so they need not wait for this node's own transaction."""
-        self.requests.settle(ready, self.store.apply(ready.committed))
+        outcomes = self.store.apply(ready.committed) if ready.committed else []
+        self.requests.settle(ready, outcomes)
 
     def _post(self, ready: Ready) -> None:
         for peer, request in ready.requests:
             self.transport.post(peer, request)
-        self._give(ready.answers)
+        if ready.answers:
+            self._give(ready.answers)
 
     @staticmethod
     def _give(answers: list[tuple[Ticket, PeerAnswer]]) -> None:

@@ -34,6 +34,32 @@ _LOOSE_PAGES = 16
 """More than this many pages are never missing from the end of a sound file; see `check_length`."""
 
 
+class _Reading:
+    """A read transaction as a context. Written out, as a generator made into one costs several times as much, and a
+    turn that has only one read to answer feels that."""
+
+    __slots__ = ("_env", "_file", "_txn")
+
+    def __init__(self, env: lmdb.Environment, file: Path) -> None:
+        self._env = env
+        self._file = file
+
+    def __enter__(self) -> lmdb.Transaction:
+        try:
+            self._txn = self._env.begin()
+        except lmdb.Error as error:
+            raise self._damaged(error) from error
+        return self._txn
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._txn.abort()
+        if isinstance(error, lmdb.Error):
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: lmdb.Error) -> StoreDamaged:
+        return StoreDamaged(f"{self._file} is damaged: {error}. {RESTORE}")
+
+
 class Environment:
     """An open data directory. Invariant: after the first failed commit or sync, every use raises StoreFailed."""
 
@@ -151,16 +177,10 @@ class Environment:
 
     # --- use ---
 
-    @contextlib.contextmanager
-    def read(self) -> Iterator[lmdb.Transaction]:
+    def read(self) -> _Reading:
         """A read transaction: one consistent snapshot. Keep it short, it holds back the reuse of pages. Raises
         StoreDamaged when LMDB finds its own pages damaged."""
-        env = self._usable()
-        try:
-            with env.begin() as txn:
-                yield txn
-        except lmdb.Error as error:
-            raise StoreDamaged(f"{self._data_file} is damaged: {error}. {RESTORE}") from error
+        return _Reading(self._usable(), self._data_file)
 
     @contextlib.contextmanager
     def write(self) -> Iterator[lmdb.Transaction]:

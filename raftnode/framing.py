@@ -139,10 +139,14 @@ class Framer:
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that these bytes complete, in order. A frame may be any bytes: it is for the codec to judge."""
-        *lines, rest = data.split(b"\n")
+        lines = data.split(b"\n")
+        rest = lines.pop()
         frames: list[Frame] = []
-        for line in lines:
-            self._end_line(line, frames)
+        if not self.pending and not self._skipping and len(data) <= self.limit:
+            frames += [line for line in lines if line and not line.isspace()]
+        else:
+            for line in lines:
+                self._end_line(line, frames)
         if rest and not self._skipping:
             self.pending += rest
             if not self.lines_only and (len(self.pending) > _LOOK_AHEAD or rest.rstrip().endswith(b"}")):

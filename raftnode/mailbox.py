@@ -7,7 +7,7 @@ it the transport answers `overloaded` itself.
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,6 +66,8 @@ class Arrival:
     done: bool = False
     is_checked: bool = False
     """Its value has been looked at: see `messages.check_value`."""
+    store_key: bytes = b""
+    """Under which the store keeps what it is about; set by the election when it takes the request."""
 
     @property
     def id(self) -> Id:
@@ -137,26 +139,20 @@ Letter = Arrival | Reply | Greeting | Cut | Task
 Mailbox = queue.Queue[list[Letter]]
 
 
-def insert(mailbox: Mailbox, letters: Sequence[Letter], limited: bool) -> bool:
+def insert(mailbox: Mailbox, letters: list[Letter], limited: bool) -> bool:
     """Put letters in; False when it is full. What members and other threads say is not limited: it can't be refused,
     and there is little of it, as they wait for answers."""
-    batch = list(letters)
-    if limited:
-        try:
-            mailbox.put_nowait(batch)
-        except queue.Full:
+    with mailbox.mutex:
+        if limited and 0 < mailbox.maxsize <= len(mailbox.queue):
             return False
-    else:
-        with mailbox.mutex:
-            mailbox.queue.append(batch)
-            mailbox.not_empty.notify()
+        mailbox.queue.append(letters)
+        mailbox.not_empty.notify()
     return True
 
 
 def drain(mailbox: Mailbox) -> list[Letter]:
-    """Everything in the mailbox now, in order, under one lock."""
+    """Everything in the mailbox now, in order, under one lock. Nobody waits for room in it, see `insert`."""
     with mailbox.mutex:
-        batches = list(mailbox.queue)
+        batches: list[list[Letter]] = list(mailbox.queue)
         mailbox.queue.clear()
-        mailbox.not_full.notify_all()
-    return [letter for batch in batches for letter in batch]
+    return batches[0] if len(batches) == 1 else [letter for batch in batches for letter in batch]

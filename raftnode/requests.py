@@ -55,6 +55,9 @@ OPEN: Final = "the outcome is open: the write may have happened, or may happen y
 STOPPING: Final = "this node is stopping; try another node"
 
 
+_Command = (Put, Delete, Get)
+
+
 class Requests:
     """The clients that wait at one node.
 
@@ -68,6 +71,7 @@ class Requests:
         self._transport = transport
         self._settings = settings
         self._log = log
+        self._timeout = settings.request_timeout_ms / 1000
         self._now = 0.0
         self._expire_due = 0.0
         self._stopping_since: float | None = None
@@ -82,7 +86,8 @@ class Requests:
         """What the leader does with a change of the members; `members` sets it."""
         self.answer_to_change: Callable[[Arrival, int], ChangeAnswer]
         """The answer to one when the entry with this commit_id has committed."""
-        self._is_full = False
+        self._is_full = False  # there is too little room for puts
+        self._has_looked_at_room = False
 
     @property
     def count(self) -> int:
@@ -101,9 +106,11 @@ class Requests:
     def begin_turn(self, now: float) -> None:
         """A turn begins: take again what waited for a leader, once there is one."""
         self._now = now
-        if self._serving == self._last_serving:
+        self._has_looked_at_room = False
+        serving = self._serving
+        if serving == self._last_serving:
             return
-        self._last_serving = self._serving
+        self._last_serving = serving
         self._leave_old_leader()
         if self._raft.is_leader or self._can_forward:
             parked, self._parked = self._parked, deque()
@@ -112,7 +119,7 @@ class Requests:
 
     def take(self, arrival: Arrival) -> None:
         """A client's put, delete or get, or a change of the members."""
-        arrival.deadline = self._now + self._settings.request_timeout_ms / 1000
+        arrival.deadline = self._now + self._timeout
         if self._stopping_since is not None:
             arrival.refuse("shutting_down", STOPPING)
         else:
@@ -122,17 +129,17 @@ class Requests:
         message = arrival.message
         if self._raft.is_outside:
             arrival.refuse("not_member", f"{self._me} is not a member of the cluster any more; ask another node")
-        elif isinstance(message, ChangeRequest):
+        elif isinstance(message, _Command):
+            if self._is_sound(arrival, message):
+                self._dispatch_command(arrival, message)
+        else:
+            assert isinstance(message, ChangeRequest), "there is nothing else that clients want done"
             self._dispatch_change(arrival, message)
-        elif self._is_sound(arrival):
-            self._dispatch_command(arrival)
 
-    def _is_sound(self, arrival: Arrival) -> bool:
+    def _is_sound(self, arrival: Arrival, message: Put | Delete | Get) -> bool:
         """Answer a request for what no node could do."""
-        message = arrival.message
-        assert isinstance(message, Put | Delete | Get)
         try:
-            store_key(message.namespace, message.key)
+            arrival.store_key = store_key(message.namespace, message.key)
             if isinstance(message, Put) and not arrival.is_checked:
                 check_value(message.value, self._settings)
                 arrival.is_checked = True
@@ -141,9 +148,7 @@ class Requests:
             return False
         return True
 
-    def _dispatch_command(self, arrival: Arrival) -> None:
-        message = arrival.message
-        assert isinstance(message, Put | Delete | Get)
+    def _dispatch_command(self, arrival: Arrival, message: Put | Delete | Get) -> None:
         if isinstance(message, Get):
             self._read(arrival, message)
         elif not self._raft.is_leader:
@@ -184,10 +189,15 @@ class Requests:
         return True
 
     def _is_short_of_room(self) -> bool:
-        is_full = self._store.room(self._now) < self._settings.reserve_bytes
+        """Looked at once in a turn: it changes with the transactions."""
+        if self._has_looked_at_room:
+            return self._is_full
+        self._has_looked_at_room = True
+        room = self._store.room(self._now)
+        is_full = room < self._settings.reserve_bytes
         if is_full != self._is_full:
             self._is_full = is_full
-            self._log.warning("storage_full" if is_full else "storage_has_room", room=self._store.room(self._now))
+            self._log.warning("storage_full" if is_full else "storage_has_room", room=room)
         return is_full
 
     def _propose(self, arrival: Arrival, message: Put | Delete) -> None:
@@ -255,10 +265,10 @@ class Requests:
         if self._waiting:
             for entry, outcome in zip(ready.committed, outcomes, strict=True):
                 self._answer_write(entry, outcome)
-        self._parked.extend(self._still_awaited(ready.dropped_reads))
-        reads = [*self._still_awaited(ready.reads), *self._local_reads]
-        if reads:
-            self._local_reads = []
+        if ready.dropped_reads:
+            self._parked.extend(self._still_awaited(ready.dropped_reads))
+        if ready.reads or self._local_reads:
+            reads, self._local_reads = [*self._still_awaited(ready.reads), *self._local_reads], []
             self._answer_reads(reads)
         if self._lead_term and not (self._raft.is_leader and self._raft.term == self._lead_term):
             self._give_up_leading()
@@ -287,7 +297,8 @@ class Requests:
 
     def _answer_reads(self, reads: list[Arrival]) -> None:
         """From one snapshot that holds everything applied. Who does not take its answers waits for its turn."""
-        with self._store.snapshot() as find:
+        with self._store.view() as txn:
+            find = self._store.finder(txn)
             for arrival in reads:
                 message = arrival.message
                 assert isinstance(message, Get)
@@ -298,7 +309,7 @@ class Requests:
 
     def _answer_read(self, arrival: Arrival, message: Get, find: Finder) -> None:
         try:
-            record = find(store_key(message.namespace, message.key))
+            record = find(arrival.store_key)
         except StoreDamaged as damage:
             self._log.error("damaged_value", why=str(damage))
             arrival.refuse("damaged", str(damage))
@@ -378,7 +389,8 @@ class Requests:
 
     def expire(self) -> None:
         """Answer those whose time is up."""
-        self._end_grace()
+        if self._stopping_since is not None:
+            self._end_grace()
         if self._now < self._expire_due:
             return
         self._expire_due = self._now + self._settings.heartbeat_ms / 1000

@@ -38,6 +38,7 @@ from raftnode.states import check_chunk
 from raftnode.store import Store
 from raftnode.transport import Transport
 
+_NEVER: Final = float("inf")
 _DOUBLINGS: Final = 16
 _NUMBERS: Final = 96
 """Bytes of a record on the wire besides its key and its value, about."""
@@ -213,6 +214,8 @@ class Snapshots:
         """Send what is due, at the end of a turn: all that is committed is applied then, and what is applied is on the
         disks of a majority."""
         lacking = self._raft.lacking
+        if not lacking and not self._outgoing:
+            return
         for peer, out in list(self._outgoing.items()):
             if peer not in lacking or out.term != self._raft.term:
                 out.transfer.close()
@@ -225,8 +228,10 @@ class Snapshots:
 
     def due(self) -> float:
         """When `send` should be called at the latest."""
+        if not self._outgoing:
+            return _NEVER
         live = self._transport.live
-        return min((out.due for peer, out in self._outgoing.items() if peer in live), default=float("inf"))
+        return min((out.due for peer, out in self._outgoing.items() if peer in live), default=_NEVER)
 
     def _begin(self, peer: str, now: float, haste: int) -> None:
         if (before := self._outgoing.pop(peer, None)) is not None:

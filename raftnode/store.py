@@ -154,6 +154,7 @@ class Store:
         self.address: str | None = self._fact(txn, b"address", str)
         self.ballot: Ballot = self._fact(txn, b"ballot", Ballot) or Ballot()
         self.commit_id: int = self._fact(txn, b"commit_id", int) or 0
+        self._committed_on_disk = self.commit_id
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
@@ -337,27 +338,30 @@ class Store:
             return []
         assert entries[0].commit_id == self.commit_id + 1, f"{entries[0].commit_id} can't follow {self.commit_id}"
         with self._env.read() as txn:
-            outcomes = [self.namespaces.apply(entry, self._finder(txn), self._changed) for entry in entries]
+            on_disk, apply = self._finder(txn), self.namespaces.apply
+            outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
         self.commit_id = entries[-1].commit_id
-        self._retention.size += sum(entry.size for entry in entries)
+        self._retention.size += sum([len(entry.command) for entry in entries])
         return outcomes
 
     def _changed(self, key: bytes) -> None:
         for track in self.trackers:
             track(key)
 
-    @contextlib.contextmanager
-    def view(self) -> Iterator[lmdb.Transaction]:
+    def view(self) -> contextlib.AbstractContextManager[lmdb.Transaction]:
         """One consistent view of the disk, for `States`; `namespaces.changes` lie over it."""
-        with self._env.read() as txn:
-            yield txn
+        return self._env.read()
 
     @contextlib.contextmanager
     def snapshot(self) -> Iterator[Finder]:
         """One consistent view of everything applied: a function from store key to value. It raises StoreDamaged."""
         with self._env.read() as txn:
-            on_disk = self._finder(txn)
-            yield lambda key: self.namespaces.find(key, on_disk)
+            yield self.finder(txn)
+
+    def finder(self, txn: lmdb.Transaction) -> Finder:
+        """The same, within a view."""
+        on_disk, find = self._finder(txn), self.namespaces.find
+        return lambda key: find(key, on_disk)
 
     def _finder(self, txn: lmdb.Transaction) -> Finder:
         db, get, unpack = self.states.db, txn.get, records.unpack_record
@@ -390,12 +394,6 @@ class Store:
         """True when something applied is not in the committed namespaces on disk yet. It may wait."""
         return self._committed_on_disk != self.commit_id
 
-    @property
-    def _committed_on_disk(self) -> int:
-        found = self._on_disk.get(b"commit_id", 0)
-        assert isinstance(found, int), "commit_id is a number"
-        return found
-
     def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
 
@@ -417,17 +415,20 @@ class Store:
             facts = self._put_facts(txn)
         self.syncs += 1
         self._on_disk |= facts
+        self._committed_on_disk = self.commit_id
         self.namespaces.changes.clear()
         self.journal.mark_written()
         return has_installed
 
     def _append(self, txn: lmdb.Transaction, entries: Sequence[Entry]) -> None:
-        db = self._env.db(records.LOG)
-        for entry in entries:
-            record = records.pack_entry(entry)
-            self._written_bytes += len(record)
-            if not txn.put(records.log_key(entry.commit_id), record, db=db, append=True):
-                raise AssertionError(f"the log on disk already has an entry at or after {entry.commit_id}")
+        if not entries:
+            return
+        rows = [(records.log_key(entry.commit_id), records.pack_entry(entry)) for entry in entries]
+        self._written_bytes += sum([len(record) for _, record in rows])
+        with txn.cursor(self._env.db(records.LOG)) as cursor:
+            _, added = cursor.putmulti(rows, append=True)
+        if added != len(rows):
+            raise AssertionError(f"the log on disk already has an entry at or after {entries[added].commit_id}")
 
     def _cut(self, txn: lmdb.Transaction, first: int) -> None:
         assert first > self._committed_on_disk, f"a committed entry is never cut: {first}"
@@ -461,13 +462,16 @@ class Store:
 
     def _put_effects(self, txn: lmdb.Transaction) -> None:
         db = self.states.db
+        rows: list[tuple[bytes, bytes]] = []
         for key, record in self.namespaces.changes.items():
             if record is None:
                 txn.delete(key, db=db)
             else:
-                stored = records.pack_record(key, record)
-                self._written_bytes += len(stored)
-                txn.put(key, stored, db=db)
+                rows.append((key, records.pack_record(key, record)))
+        if rows:
+            self._written_bytes += sum([len(stored) for _, stored in rows])
+            with txn.cursor(db) as cursor:
+                cursor.putmulti(rows)
 
     def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
         """Write the facts that are not on disk as they are now; returns them."""
@@ -485,9 +489,10 @@ class Store:
             b"incoming": self.incoming,
             b"witnesses": self.witnesses,
         }
-        changed = {name: fact for name, fact in now.items() if self._on_disk.get(name) != fact}
+        on_disk, db = self._on_disk.get, self._env.db(records.META)
+        changed = {name: fact for name, fact in now.items() if on_disk(name) != fact}
         for name, fact in changed.items():
-            txn.put(name, records.pack_meta(name, fact), db=self._env.db(records.META))
+            txn.put(name, records.pack_meta(name, fact), db=db)
         return changed
 
     def _fact(self, txn: lmdb.Transaction, name: bytes, type: Any) -> Any:

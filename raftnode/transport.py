@@ -25,7 +25,7 @@ from typing import Any, Protocol
 from msgspec import UNSET, UnsetType
 
 from raftnode.blocking import Caller, ConnectFailed
-from raftnode.config import Settings, canonical_address, parse_address
+from raftnode.config import KIB, Settings, canonical_address, parse_address
 from raftnode.connections import Connection, Link, Wire
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, Unavailable
 from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, MemberEnd, insert
@@ -43,6 +43,7 @@ from raftnode.messages import (
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
+_READ_BYTES = 256 * KIB
 _ACCEPTED_AT_ONCE = 16
 """Each is an open file until it is seen that there are too many, so they are taken a few at a time."""
 _WAITING_TO_BE_ACCEPTED = 1024
@@ -56,6 +57,10 @@ class Driver(Protocol):
 
     def cycle(self, now: float | None = None) -> float:
         """One turn; returns when the next is due at the latest (monotonic seconds)."""
+        ...
+
+    def may_wait(self, letters: Sequence[Letter]) -> bool:
+        """True when these need no turn of their own: the next one, which comes in any case, takes them along."""
         ...
 
     def begin_stop(self) -> None:
@@ -90,6 +95,8 @@ class Transport:
         self.live: set[str] = set()
         self.settings = Settings()
         self.log = logging.getLogger("raftnode.transport")
+        self.read_buffer = memoryview(bytearray(_READ_BYTES))
+        """What a connection has read last, until it has taken it."""
         self.unflushed: set[Wire] = set()
         self.unflushed_bytes = 0
         """Size of what has collected and was not written yet."""
@@ -111,9 +118,11 @@ class Transport:
         """The open links by member; a link enters itself when it is connected and leaves when it ends."""
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._callers: dict[str, Caller] = {}
+        self._patient: list[Letter] = []
         self._turn_due = False
         self._flush_due = False
         self._round_began: float | None = None
+        self._round_due = False
         self._later: dict[Connection, None] = {}  # a set that keeps its order
         self._let_go = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -260,8 +269,9 @@ class Transport:
 
     # --- turns ---
 
-    def deliver(self, letters: Sequence[Letter], limited: bool = True) -> None:
-        """Put what was received into the mailbox, and see that a turn follows. From any thread."""
+    def deliver(self, letters: list[Letter], limited: bool = True) -> None:
+        """Put what was received into the mailbox, and see that a turn follows. From any thread. The list is given
+        away."""
         if not letters:
             return
         if insert(self.queue, letters, limited):
@@ -271,6 +281,19 @@ class Transport:
             assert isinstance(letter, Arrival), "only requests can be refused"
             letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
         self.flush_soon()
+
+    def deliver_from_link(self, letters: list[Letter]) -> None:
+        """As `deliver`, for what our link to a member brings, on the loop's thread. If the driver can wait for it, it
+        gets it with the next turn; until then it takes no room in the mailbox."""
+        if self._driver is not None and self._driver.may_wait(letters):
+            self._patient += letters
+        else:
+            self.deliver(self._with_patient(letters), limited=False)
+
+    def _with_patient(self, letters: list[Letter]) -> list[Letter]:
+        """What has waited comes first: it may have come from the same member."""
+        patient, self._patient = self._patient, []
+        return patient + letters
 
     def wake(self) -> None:
         """See that a turn follows soon. From any thread."""
@@ -295,11 +318,14 @@ class Transport:
             return
         assert self._driver is not None
         assert self._loop is not None
+        if self._patient:
+            insert(self.queue, self._with_patient([]), limited=False)
         try:
             due = self._driver.cycle()
         except BaseException as failure:
             self._end(failure)
             return
+        self._round_began = None
         if self._stopping.is_set() and self._driver.is_idle:
             self._end(None)
             return
@@ -326,25 +352,34 @@ class Transport:
             self.unflushed.pop().flush()
 
     def has_time(self) -> bool:
-        """False once half a heartbeat has gone into what clients sent since the loop came round last. The rest is for
-        the next time, so that turns come between, whatever clients send."""
+        """False once half a heartbeat has gone by since the first that clients have sent after the last turn. The rest
+        is for later, so that turns come between, whatever clients send."""
+        now = self.now()
         if self._round_began is None:
-            self._round_began = self.now()
-            asyncio.get_running_loop().call_soon(self._come_round)
-        return self.now() - self._round_began < self.settings.heartbeat_ms / 2000
+            self._round_began = now
+        return now - self._round_began < self.settings.heartbeat_ms / 2000
 
     def go_on_later(self, connection: Connection) -> None:
         """Let a connection go on when the loop comes round; first come, first served."""
-        self.has_time()
         self._later[connection] = None
+        self.come_round_soon()
+
+    def come_round_soon(self) -> None:
+        """See that there is time again when the loop comes round: for what is not followed by a turn."""
+        if not self._round_due:
+            self._round_due = True
+            asyncio.get_running_loop().call_soon(self._come_round)
 
     def _come_round(self) -> None:
+        self._round_due = False
         self._round_began = None
         for connection in list(self._later):
             if not self.has_time():
                 break
             del self._later[connection]
             connection.go_on()
+        if self._later:
+            self.come_round_soon()
 
     async def _sweep(self) -> None:
         """Once a second: end connections that stall, are idle for too long, or links that nobody answers on."""

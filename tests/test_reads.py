@@ -416,3 +416,36 @@ def test_read_rounds_keep_their_own_rules() -> None:
     assert rounds.drop() == []
     assert not rounds.start()
     assert rounds.number == 2
+
+
+# --- answers that change nothing ------------------------------------------------------------------------------------
+
+
+def test_answers_that_change_nothing_may_wait() -> None:
+    """A leader of three has its majority with the first answer; the second one is no reason for a turn. So the first
+    answer to a round may not wait while a read does, and the second may; the same for copies of an entry. What a member
+    still lacks does not wait either, nor does a refusal, or what comes from another term. (rule 7.)"""
+    network = led_by_1()
+    raft, commit_id = network["1"].raft, network["1"].raft.commit_id
+
+    network.read("1", "r")
+    network.deliver(2)
+    first, second = network.select(target="1", kind=HeartbeatAnswer)
+    assert not raft.may_wait(first.source, first.message)
+    network.deliver(1)
+    assert network["1"].reads.answered == {"r": commit_id}
+    assert raft.may_wait(second.source, second.message)
+    assert not raft.may_wait("3", HeartbeatAnswer(term=2, commit_id=commit_id, round=1))
+    assert not raft.may_wait("3", HeartbeatAnswer(term=1, commit_id=0, round=1)), "it may have been restarted"
+    network.deliver()
+
+    network.propose("1", "colour")
+    network.deliver(2)
+    first, second = network.select(target="1", kind=DataAnswer)
+    assert not raft.may_wait(first.source, first.message)
+    network.deliver(1)
+    assert raft.commit_id == commit_id + 1
+    assert raft.may_wait(second.source, second.message)
+    assert not raft.may_wait("3", DataAnswer(data=False, term=1, commit_id=commit_id, asked=commit_id, reason="gap"))
+    network.propose("1", "shape")
+    assert not raft.may_wait(second.source, second.message), "there is something to send to it"

@@ -71,7 +71,9 @@ class Journal:
         self.last = last
         self.written = last.id.commit_id
         self._reader = reader
-        self._memberships = list(memberships)
+        self.memberships: tuple[Membership, ...] = tuple(memberships)
+        """Those that a restart needs: the newest committed one, and the staged ones after it. Another tuple whenever
+        anything about them changes."""
         self._kept: dict[int, Entry] = {}
         self._kept_first = last.id.commit_id + 1
         self._kept_bytes = 0
@@ -80,25 +82,21 @@ class Journal:
     @property
     def membership(self) -> Membership:
         """The members in force: the newest membership entry counts from when it is appended (thesis 4.1)."""
-        return self._memberships[-1]
-
-    @property
-    def memberships(self) -> tuple[Membership, ...]:
-        """Those that a restart needs: the newest committed one, and the staged ones after it."""
-        return tuple(self._memberships)
+        return self.memberships[-1]
 
     def found(self, membership: Membership) -> None:
         """Set the founding membership of an empty log."""
-        assert not self._memberships, "a cluster is founded once"
-        self._memberships.append(membership)
+        assert not self.memberships, "a cluster is founded once"
+        self.memberships = (membership,)
 
     def bind(self, address: str, node: str) -> None:
         """Remember the node id of a member met for the first time, in every membership that has it unbound."""
-        self._memberships = [m.bind(address, node) if m.node_of(address) == "" else m for m in self._memberships]
+        self.memberships = tuple(m.bind(address, node) if m.node_of(address) == "" else m for m in self.memberships)
 
     def correct(self, address: str, node: str) -> None:
         """In the newest committed membership this address belongs to another node than was thought here."""
-        self._memberships[0] = self._memberships[0].with_node(address, node)
+        first, *staged = self.memberships
+        self.memberships = (first.with_node(address, node), *staged)
 
     @property
     def has_unwritten(self) -> bool:
@@ -137,11 +135,12 @@ class Journal:
         assert self.first <= first <= last <= self.last.id.commit_id, f"{first}..{last} is not in the log"
         if first < self._kept_first:
             return self._reader.read_entries(first, min(last, self._kept_first - 1), size)
-        found = [self._kept[first]]
+        kept = self._kept
+        found = [kept[first]]
         size -= found[0].size
         for commit_id in range(first + 1, last + 1):
-            entry = self._kept[commit_id]
-            size -= entry.size
+            entry = kept[commit_id]
+            size -= len(entry.command)
             if size < 0:
                 break
             found.append(entry)
@@ -237,8 +236,8 @@ class Journal:
     def begin_anew(self, base: Mark, membership: Membership) -> None:
         """A snapshot as of `base` was installed: the log is empty, and goes on from there. Node ids that this member
         has learned stay known, and so does a newer membership, with which a node that joins has begun."""
-        newest = max(self._memberships[0], membership, key=lambda m: m.commit_id)
-        self._memberships = [newest.knowing(self.membership)]
+        newest = max(self.memberships[0], membership, key=lambda m: m.commit_id)
+        self.memberships = (newest.knowing(self.membership),)
         self.base = self.last = base
         self.written = base.id.commit_id
         self._kept.clear()
@@ -246,7 +245,7 @@ class Journal:
 
     def committed_membership(self, commit_id: int) -> Membership:
         """The newest membership that was committed when `commit_id` was; a newer one, if this log began with that."""
-        return [m for m in self._memberships if m.commit_id <= commit_id or m is self._memberships[0]][-1]
+        return [m for m in self.memberships if m.commit_id <= commit_id or m is self.memberships[0]][-1]
 
     def mark_written(self) -> None:
         """That transaction is on disk."""
@@ -259,21 +258,21 @@ class Journal:
         while self._kept_first <= settled and (len(self._kept) > count or self._kept_bytes > size):
             self._kept_bytes -= self._kept.pop(self._kept_first).size
             self._kept_first += 1
-        while len(self._memberships) > 1 and self._memberships[1].commit_id <= settled:
-            self._memberships.pop(0)
+        while len(self.memberships) > 1 and self.memberships[1].commit_id <= settled:
+            self.memberships = self.memberships[1:]
 
     def _extend(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
             self._kept[entry.commit_id] = entry
-            self._kept_bytes += entry.size
+            self._kept_bytes += len(entry.command)
             if memoryview(entry.command)[: len(_MEMBERS)] == _MEMBERS:
                 self._take_membership(entry)
         self.last = Mark(entries[-1].id, entries[-1].checksum)
 
     def _take_membership(self, entry: Entry) -> None:
         """A node that joins has the membership of that day from the beginning, and then passes through older ones."""
-        if entry.commit_id > self._memberships[0].commit_id:
-            self._memberships.append(_membership_of(entry).knowing(self._memberships[-1]))
+        if entry.commit_id > self.memberships[0].commit_id:
+            self.memberships += (_membership_of(entry).knowing(self.membership),)
 
     def _cut(self, first: int) -> None:
         """Take the entries from `first` on away, with the memberships that they made."""
@@ -281,8 +280,8 @@ class Journal:
             self._kept_bytes -= self._kept.pop(commit_id).size
         self._kept_first = min(self._kept_first, first)
         self.last = Mark(self.id_at(first - 1), self._checksum_at(first - 1))
-        while len(self._memberships) > 1 and self._memberships[-1].commit_id >= first:
-            self._memberships.pop()  # the first one is committed, though a log that has begun anew may not be so far
+        while len(self.memberships) > 1 and self.membership.commit_id >= first:
+            self.memberships = self.memberships[:-1]  # the first is committed, if not yet known so by a log begun anew
         if first <= self.written:
             self.written = first - 1
             self._cut_from = first if self._cut_from is None else min(first, self._cut_from)

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Collection, Mapping
+from typing import TypeVar
 
 import msgspec
 from msgspec import Struct
 
 from raftnode.messages import EntryId, MembersCommand
+
+N = TypeVar("N", int, float)
 
 
 def cluster_id(addresses: Collection[str]) -> str:
@@ -98,7 +101,7 @@ class Membership(Struct, frozen=True, kw_only=True):
         """True when a majority of the voters is among `who`."""
         return len(self.voters.keys() & set(who)) >= self.majority
 
-    def agreed(self, reached: Mapping[str, int]) -> int:
+    def agreed(self, reached: Mapping[str, N]) -> N:
         """The highest number that a majority of the voters has reached; one that is missing counts as 0."""
-        numbers = sorted((reached.get(voter, 0) for voter in self.voters), reverse=True)
-        return numbers[self.majority - 1]
+        numbers = sorted([reached.get(voter, 0) for voter in self.voters])
+        return numbers[-self.majority]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, NamedTuple
 
 from msgspec import UNSET, Raw
 
@@ -81,6 +81,17 @@ class Ready:
     """Tokens of reads whose leader has stepped down."""
 
 
+class _Standing(NamedTuple):
+    """What the memberships mean for this member."""
+
+    others: tuple[str, ...]
+    has_rivals: bool
+    """There are other voters."""
+    is_voter: bool
+    is_member: bool
+    """... by one of those that a restart needs, at least."""
+
+
 class Raft:
     """One member. Between two `ready` calls any number of inputs may come in.
 
@@ -112,6 +123,8 @@ class Raft:
         self.commit_id = commit_id
         self.applied = commit_id
         self.role = Role.FOLLOWER
+        self.is_leader = False
+        """`role` is that of a leader."""
         self.leader: str | None = None
         self.progress: dict[str, Progress] = {}
         self.reads = ReadRounds()
@@ -141,9 +154,10 @@ class Raft:
         self._confirmed_reads: list[tuple[int, object]] = []  # wait only for their commit_id to be applied
         self._first_own = 0  # commit_id of this leader's no-op
         self._heartbeat_due = now
+        self._quorum_until = float("-inf")  # as leader: a majority has answered so lately, see `_hears_majority`
         self._ballot_changed = False
         self._out = Ready()
-        self._others: tuple[Membership, tuple[str, ...]] | None = None
+        self._known_standing: tuple[tuple[Membership, ...], _Standing] | None = None
         self._met: tuple[Membership, dict[str, str]] | None = None  # the leader has progress of these nodes
         self._handover: Handover | None = None
         self._catching_up = CatchingUp(self._low)
@@ -162,16 +176,24 @@ class Raft:
         return self.journal.membership
 
     @property
-    def is_leader(self) -> bool:
-        return self.role is Role.LEADER
+    def _standing(self) -> _Standing:
+        """Asked for several times in each turn, and worked out when the memberships have changed."""
+        memberships, known = self.journal.memberships, self._known_standing
+        if known is None or known[0] is not memberships:
+            newest = memberships[-1]
+            standing = _Standing(
+                others=tuple(address for address in newest.addresses if address != self.me),
+                has_rivals=newest.voters.keys() != {self.me},
+                is_voter=self._votes_in(newest),
+                is_member=any(self._is_mine(members.node_of(self.me)) for members in memberships),
+            )
+            self._known_standing = known = (memberships, standing)
+        return known[1]
 
     @property
     def others(self) -> tuple[str, ...]:
         """The other members, learners too, sorted."""
-        members = self.membership
-        if self._others is None or self._others[0] is not members:
-            self._others = (members, tuple(address for address in members.addresses if address != self.me))
-        return self._others[1]
+        return self._standing.others
 
     @property
     def may_serve_reads(self) -> bool:
@@ -182,9 +204,7 @@ class Raft:
     def is_outside(self) -> bool:
         """This node is no member any more: by its own log, or by the word of a member whose log is longer. It stays so
         until a leader speaks to it."""
-        return self._told_out or not any(
-            self._is_mine(members.node_of(self.me)) for members in self.journal.memberships
-        )
+        return self._told_out or not self._standing.is_member
 
     def _is_mine(self, node: str | None) -> bool:
         """The member known by this id is this node (rule 9)."""
@@ -256,7 +276,7 @@ class Raft:
             self._election_due = min(self._election_due, self._now + self._chance.uniform(0, self._beat))
 
     def _has_rivals(self) -> bool:
-        return self.membership.voters.keys() != {self.me}
+        return self._standing.has_rivals
 
     def _after_stall(self) -> None:
         """This node did not run for an election timeout (TRAPS 18, 19): others may have moved on. Take no
@@ -272,7 +292,7 @@ class Raft:
             if not self._votes_in(self.membership):
                 self._become_follower(self.term, None)
                 return
-        if not self._hears_majority():
+        if self._now > self._quorum_until and not self._hears_majority():
             self._become_follower(self.term, None)
         elif self._now >= self._heartbeat_due:
             for progress in self.progress.values():
@@ -283,8 +303,11 @@ class Raft:
             self._send_heartbeats()
 
     def _hears_majority(self) -> bool:
-        """Check-quorum (thesis 6.2): a majority answered within the least election timeout."""
-        return self.membership.is_majority(self._heard())
+        """Check-quorum (thesis 6.2): a majority answered within the least election timeout. Also notes until when that
+        will be so even if nobody answers any more."""
+        heard_at = {peer: progress.heard_at for peer, progress in self.progress.items()}
+        self._quorum_until = self._low + self.membership.agreed({**heard_at, self.me: self._now})
+        return self._now <= self._quorum_until
 
     def _heard(self) -> set[str]:
         """Who has answered within the least election timeout; this member hears itself."""
@@ -378,6 +401,7 @@ class Raft:
             self._confirmed_reads = []
             self.uncommitted_bytes = 0
         self.role = role
+        self.is_leader = role is Role.LEADER
 
     def _set_ballot(self, ballot: Ballot) -> None:
         self.ballot = ballot
@@ -512,7 +536,7 @@ class Raft:
     def _drive_handover(self) -> None:
         """When everything is committed and the successor has it, so that no client is left in doubt, it is its turn. A
         leader that its own change has taken out leads until that is committed, and hands over then (thesis 4.2.2)."""
-        if self._handover is None and not self._votes_in(self.membership) and self.membership.commit_id <= self.applied:
+        if self._handover is None and not self._standing.is_voter and self.membership.commit_id <= self.applied:
             try:
                 self.hand_over()
             except ChangeRefused:
@@ -777,6 +801,21 @@ class Raft:
             case SnapshotAnswer() if self.is_leader and answer.term == self.term:
                 self._on_snapshot_answer(peer, answer)
 
+    def may_wait(self, peer: str, answer: PeerAnswer) -> bool:
+        """True for an answer with which nothing commits, no read goes on and nothing is sent: it says only that `peer`
+        is there, and may be taken with whatever comes next, within a heartbeat."""
+        progress = self.progress.get(peer)
+        if progress is None or answer.term != self.term or progress.probing or progress.needs_snapshot:
+            return False
+        match answer:
+            case HeartbeatAnswer():
+                return not self.reads.is_running and answer.commit_id >= min(progress.told, progress.match)
+            case DataAnswer():
+                is_all = progress.next > self.journal.last.id.commit_id
+                is_changing = self._handover is not None or bool(self.membership.learners)
+                return answer.data and answer.match <= self.commit_id and is_all and not is_changing
+        return False
+
     def _on_vote(self, peer: str, answer: VoteAnswer) -> None:
         wanted = Role.PRE_CANDIDATE if answer.pre_vote else Role.CANDIDATE
         term = self.term + 1 if answer.pre_vote else self.term
@@ -828,7 +867,8 @@ class Raft:
     @property
     def lacking(self) -> tuple[str, ...]:
         """As leader: the members that lack entries which this log no longer has, and so need a snapshot, sorted."""
-        return tuple(sorted(peer for peer, progress in self.progress.items() if progress.needs_snapshot))
+        lacking = [peer for peer, progress in self.progress.items() if progress.needs_snapshot]
+        return tuple(sorted(lacking)) if lacking else ()
 
     def _on_snapshot_answer(self, peer: str, answer: SnapshotAnswer) -> None:
         """Of the chunks in between the driver takes care; a snapshot that is installed is as good as the entries."""
@@ -909,14 +949,16 @@ class Raft:
             self._drive_handover()
         if self.is_leader:
             self._replicate()
-        self._look_at_chunk()
+        if self._chunk is not None:
+            self._look_at_chunk()
         out, self._out = self._out, Ready()
         if self._ballot_changed:
             out.ballot, self._ballot_changed = self.ballot, False
         out.committed = self._hand_out_committed()
         out.chunk = None if self._chunk is None else self._chunk[1]
-        out.reads = [token for commit_id, token in self._confirmed_reads if commit_id <= self.applied]
-        self._confirmed_reads = [read for read in self._confirmed_reads if read[0] > self.applied]
+        if self._confirmed_reads:
+            out.reads = [token for commit_id, token in self._confirmed_reads if commit_id <= self.applied]
+            self._confirmed_reads = [read for read in self._confirmed_reads if read[0] > self.applied]
         return out
 
     def _look_at_chunk(self) -> None:
@@ -970,16 +1012,16 @@ class Raft:
         next = self.journal.last.id.commit_id + 1
         self.progress = {peer: known.get(peer) or Progress(next, self._now) for peer in nodes}
         self._met = (members, nodes)
+        self._quorum_until = float("-inf")
 
     def _replicate(self) -> None:
         """Send every member the entries that it lacks, as far as its window lets, and start a read round if due."""
-        self._meet_members()
-        last = self.journal.last.id.commit_id
-        for peer in self.others:
+        standing, last = self._standing, self.journal.last.id.commit_id
+        for peer in standing.others:
             progress = self.progress[peer]
-            while self._may_send(progress, last):
+            while (progress.next <= last or progress.probing) and self._may_send(progress, last):
                 self._send_entries(peer, progress, last)
-        if not self._has_rivals():
+        if not standing.has_rivals:
             self._confirm_alone()
         elif self.reads.start():
             self._send_heartbeats()
@@ -1024,7 +1066,8 @@ class Raft:
         entries = self.journal.entries(self.applied + 1, self.commit_id, self._settings.batch_bytes)
         self.applied += len(entries)
         if self.is_leader:
-            self.uncommitted_bytes -= sum(entry.size for entry in entries if entry.commit_id >= self._first_own)
+            first = self._first_own
+            self.uncommitted_bytes -= sum([len(entry.command) for entry in entries if entry.commit_id >= first])
         return entries
 
     def _send(self, peer: str, message: PeerRequest) -> None:

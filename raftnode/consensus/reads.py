@@ -20,6 +20,11 @@ class ReadRounds:
         self._waiting: list[tuple[int, object]] = []
         self._running: list[tuple[int, object]] = []
 
+    @property
+    def is_running(self) -> bool:
+        """True while a round waits for its majority."""
+        return bool(self._running)
+
     def add(self, token: object, commit_id: int) -> None:
         """A read has arrived when `commit_id` was committed."""
         self._waiting.append((commit_id, token))

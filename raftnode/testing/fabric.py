@@ -9,7 +9,7 @@ its link was cut. What clients send is not doubled: without sessions nobody coul
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
@@ -398,7 +398,7 @@ class SimulatedTransport(Transport):
         self.outbox: list[tuple[SimulatedLink | SimulatedConnection | Session, Any]] = []
         self.connections: list[SimulatedConnection] = []
         self.sessions: list[Session] = []
-        self._arrived: list[tuple[Sequence[Letter], bool]] = []
+        self._arrived: list[tuple[list[Letter], bool]] = []
         self._pauses: dict[str, float] = {}
         self._is_linking = False
         self._kept: set[str] = set()  # whom this node tries to connect to, or has a link to
@@ -406,16 +406,21 @@ class SimulatedTransport(Transport):
 
     # --- in ---
 
-    def receive(self, letters: Sequence[Letter], limited: bool) -> None:
+    def receive(self, letters: Iterable[Letter], limited: bool) -> None:
         """Something arrives at the sockets of this node."""
-        if not self.is_dead:
-            self._arrived.append((letters, limited))
-            self.node.want_turn()
+        if self.is_dead:
+            return
+        arrived = list(letters)
+        if self._driver is not None and self._driver.may_wait(arrived):
+            self._patient += arrived
+            return
+        self._arrived.append((arrived if limited else self._with_patient(arrived), limited))
+        self.node.want_turn()
 
     def begin_turn(self) -> None:
         """What has arrived comes into the mailbox."""
         arrived, self._arrived = self._arrived, []
-        for letters, limited in arrived:
+        for letters, limited in (*arrived, (self._with_patient([]), False)):
             self.deliver(letters, limited)
 
     def wake(self) -> None:

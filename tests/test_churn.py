@@ -17,6 +17,7 @@ from typing import Any
 
 import msgspec
 import pytest
+from test_chaos import _acknowledged, _written, breaking, do_run, tool
 
 from raftnode import records
 from raftnode.messages import Members
@@ -28,7 +29,6 @@ from raftnode.testing.judge_members import GRACE_S, End, check_members, is_expec
 from raftnode.testing.known_log import KnownLog, LogLine, Replay
 from raftnode.testing.processes import ClusterOfProcesses, NodeProcess
 from raftnode.testing.roll import Change, Seen
-from tests.test_chaos import _acknowledged, _written, breaking, do_run, tool
 
 LIMITS = (
     ("RAFTNODE_LOG_ENTRIES", "100"),

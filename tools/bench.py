@@ -1,4 +1,5 @@
-"""Measures a cluster: throughput and latency under load, with what they cost; failover; restart; an idle cluster.
+"""Measures a cluster: throughput and latency under load, with what they cost; failover; restart; a node that joins; an
+idle cluster.
 
     python tools/bench.py load                                     # puts on three nodes, 100 connections, 5 s
     python tools/bench.py load --workload put,get,get-local --connections 1,100,10x50 --json result.json
@@ -7,6 +8,7 @@
     python tools/bench.py load --against 127.0.0.1:6100 --rounds 3 # in turn with another server, and the ratio
     python tools/bench.py failover --fault kill,stop --times 20
     python tools/bench.py restart --keys 1000,100000
+    python tools/bench.py join --keys 1000000                      # an empty node joins while clients write
     python tools/bench.py idle
 
 Nodes are processes started by the command line, with the settings that they have by default, on a real disk. With
@@ -59,6 +61,7 @@ from raftnode.testing.measuring import (
     fill,
     measure_failovers,
     measure_idle,
+    measure_join,
     measure_load,
     measure_restarts,
 )
@@ -207,7 +210,7 @@ def _measure(options: Options, addresses: list[str], measure: Callable[[Run, Tol
     except (NotReached, OSError) as error:
         raise click.ClickException(str(error)) from error
     finally:
-        if run.is_complete or any((run.loads, run.failovers, run.restarts, run.idle)):
+        if run.is_complete or any((run.loads, run.failovers, run.restarts, run.joins, run.idle)):
             _hand_over(run, options)
 
 
@@ -434,6 +437,27 @@ def restart_command(options: Options, times: int) -> None:
                 load = options.load(keys=keys)
                 fill(OwnCluster(cluster), load, first, told)
                 run.restarts.append(measure_restarts(cluster, load, times, told))
+
+    _measure(options, [], measure)
+
+
+@main.command("join")
+@click.option(
+    "--connections", default=50, show_default=True, type=click.IntRange(1, 10_000), help="Clients that write."
+)
+@click.option("--seconds", default=15.0, show_default=True, type=click.FloatRange(0.1),
+              help="They write for so long before the node comes, to compare.")  # fmt: skip
+@_common
+def join_command(options: Options, connections: int, seconds: float) -> None:
+    """Time until an empty node has the whole state and a vote, and what clients that write feel of it."""
+
+    def measure(run: Run, told: Told) -> None:
+        with own_cluster(options) as cluster:
+            _with_disk(run, cluster)
+            for first, keys in itertools.pairwise((0, *options.keys)):
+                load = options.load(keys=keys, connections=connections, seconds=seconds)
+                fill(OwnCluster(cluster), load, first, told)
+                run.joins.append(measure_join(cluster, load, told))
 
     _measure(options, [], measure)
 

@@ -34,6 +34,7 @@ from raftnode.testing.processes import PATIENCE_S, ClusterOfProcesses, NodeProce
 from raftnode.testing.results import (
     FailoverResult,
     IdleResult,
+    JoinResult,
     LoadResult,
     NodeCost,
     Operations,
@@ -49,6 +50,7 @@ Told = Callable[[str], None]
 _LOOK_S: Final = 0.1
 _POLL_S: Final = 0.002
 _ANSWER_S: Final = 20.0
+_JOIN_PATIENCE_S: Final = 3600.0
 _LIMIT: Final = Settings().peer_frame_bytes
 
 
@@ -515,6 +517,66 @@ def _failover_result(
         answered=len(answers),
         failures=results.add_up(*(tally.failures for tally in report.tallies)),
     )
+
+
+# --- join -----------------------------------------------------------------------------------------------------
+
+
+def measure_join(cluster: ClusterOfProcesses, load: Load, told: Told = _silent) -> JoinResult:
+    """Clients write for a while, and go on while an empty node joins. Raises NotReached when it gets no vote."""
+    side, leader = OwnCluster(cluster), cluster.await_leader()
+    nodes, file_bytes = len(cluster), store_bytes(leader.volume)
+    with Generator(_endless(side, load)) as generator:
+        generator.await_ready()
+        generator.begin(time.monotonic())
+        _watch([generator], time.monotonic() + load.seconds, "before anybody joins", told)
+        generator.stop()
+        before = generator.report(load.patience_s + PATIENCE_S)
+    with Generator(_endless(side, load)) as generator:
+        generator.await_ready()
+        generator.begin(time.monotonic())
+        began = time.monotonic()
+        newcomer = cluster.newcomer().start()
+        leaders, newcomers = _await_vote(cluster, leader, newcomer, generator, told)
+        joined = time.monotonic() - began
+        generator.stop()
+        during = generator.report(load.patience_s + PATIENCE_S)
+    return JoinResult(
+        keys=load.keys,
+        state_bytes=load.keys * (load.key_bytes + load.value_bytes),
+        nodes=nodes,
+        connections=load.connections,
+        joined_s=joined,
+        before=results.operations_of([before])[0],
+        during=results.operations_of([during])[0],
+        leader_anonymous_bytes=leaders,
+        newcomer_anonymous_bytes=newcomers,
+        leader_file_grew_bytes=store_bytes(leader.volume) - file_bytes,
+    )
+
+
+def _endless(side: Side, load: Load) -> Plan:
+    """Puts until they are stopped."""
+    (plan,) = msgspec.structs.replace(load, processes=1).plans(side.addresses("leader"))
+    return msgspec.structs.replace(plan, seconds=None, warm_up_s=0.0)
+
+
+def _await_vote(
+    cluster: ClusterOfProcesses, leader: NodeProcess, newcomer: NodeProcess, generator: Generator, told: Told
+) -> tuple[int, int]:
+    """The most anonymous memory of both until the newcomer has a vote."""
+    most_of_leader = most_of_newcomer = 0
+
+    def has_vote() -> bool:
+        nonlocal most_of_leader, most_of_newcomer
+        most_of_leader = max(most_of_leader, usage(leader.pid).anonymous)
+        most_of_newcomer = max(most_of_newcomer, usage(newcomer.pid).anonymous)
+        status = _status_of(leader.listen) or {}
+        told(f"joining: {generator.latest.answered} answered; {status.get('snapshots')}")
+        return bool(status.get("members", {}).get(newcomer.address, {}).get("voter"))
+
+    wait_until(has_vote, f"{newcomer.name} has a vote", _JOIN_PATIENCE_S, cluster.describe)
+    return most_of_leader, most_of_newcomer
 
 
 # --- restart --------------------------------------------------------------------------------------------------

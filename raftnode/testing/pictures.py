@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from raftnode.testing.results import FailoverResult, IdleResult, LoadResult, RestartResult, Run, point_of
+from raftnode.testing.results import FailoverResult, IdleResult, JoinResult, LoadResult, RestartResult, Run, point_of
 
 _PANEL_INCHES: Final = (8.0, 4.5)
 
@@ -34,6 +34,8 @@ def draw(run: Run, file: Path) -> None:
         panels.append(lambda axes: _failovers(axes, run.failovers))
     if run.restarts:
         panels.append(lambda axes: _restarts(axes, run.restarts))
+    if run.joins:
+        panels.append(lambda axes: _joins(axes, run.joins))
     if run.idle:
         panels.append(lambda axes: _idle(axes, run.idle))
     if not panels:
@@ -109,6 +111,13 @@ def _restarts(axes: Any, restarts: Sequence[RestartResult]) -> None:
     axes.set_ylabel("seconds from the start")
     axes.grid(alpha=0.3)
     axes.legend()
+
+
+def _joins(axes: Any, joins: Sequence[JoinResult]) -> None:
+    names = [f"{join.keys} keys, {when}" for join in joins for when in ("before", "during")]
+    latencies = [puts.latency for join in joins for puts in (join.before, join.during)]
+    axes.bar(names, [latency.p99_ms if latency else 0.0 for latency in latencies])
+    axes.set_ylabel("p99 of puts in ms, while a node joins")
 
 
 def _idle(axes: Any, idle: Sequence[IdleResult]) -> None:

@@ -204,6 +204,26 @@ class RestartResult(Struct, frozen=True, kw_only=True):
     """There is a leader, and it has committed."""
 
 
+class JoinResult(Struct, frozen=True, kw_only=True):
+    """An empty node joins while clients write, and gets the state as a snapshot."""
+
+    keys: int
+    state_bytes: int
+    """Of keys and values."""
+    nodes: int
+    """Before."""
+    connections: int
+    joined_s: float
+    """From the start of its process until it has a vote."""
+    before: Operations
+    during: Operations
+    """The puts, before it came and from its start until it had its vote."""
+    leader_anonymous_bytes: int
+    newcomer_anonymous_bytes: int
+    """The most that was seen of each: memory of its own, without the pages of the file."""
+    leader_file_grew_bytes: int
+
+
 class IdleResult(Struct, frozen=True):
     """A cluster that nobody asks for anything."""
 
@@ -252,6 +272,7 @@ class Run(Struct, kw_only=True):
     ratios: list[Ratio] = []
     failovers: list[FailoverResult] = []
     restarts: list[RestartResult] = []
+    joins: list[JoinResult] = []
     idle: list[IdleResult] = []
     is_complete: bool = False
     """False: it was interrupted."""

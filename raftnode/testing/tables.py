@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Final
 
 from raftnode.table import Column, Table, terminal_width
-from raftnode.testing.results import Circumstances, Latency, NodeCost, Run, Spread, point_of
+from raftnode.testing.results import Circumstances, JoinResult, Latency, NodeCost, Run, Spread, point_of
 
 _LEAST_WIDTH: Final = 160
 _BUSY_GENERATOR: Final = 0.8
@@ -24,6 +24,8 @@ def tables(run: Run) -> Iterator[str]:
         yield from ["", *_failover_table(run)]
     if run.restarts:
         yield from ["", *_restart_table(run)]
+    if run.joins:
+        yield from ["", *_join_table(run)]
     for idle in run.idle:
         yield from ["", f"idle for {idle.seconds:g} s", *_cost_table([("idle", node) for node in idle.nodes])]
     yield from ["", *_remarks(run)]
@@ -185,6 +187,33 @@ def _restart_table(run: Run) -> list[str]:
         for each in run.restarts
     ]
     return ["from the start of the process (median, worst):", *_table(_columns((), numbers), rows)]
+
+
+def _join_table(run: Run) -> list[str]:
+    times = ("put p50 ms", "p99", "max")
+    numbers = ("keys", "state", "clients", "joined s", "puts per s", *times, "leader", "newcomer", "leader's file")
+    rows = [
+        (
+            *(str(each.keys), _size(each.state_bytes), str(each.connections), joined, f"{puts.per_s:.0f}"),
+            *([f"{ms:.1f}" for ms in (puts.latency.p50_ms, puts.latency.p99_ms, puts.latency.max_ms)]),
+            *memory,
+        )
+        for each in run.joins
+        for puts, joined, memory in (
+            (each.before, "before", ("", "", "")),
+            (each.during, f"{each.joined_s:.1f}", _memory_of(each)),
+        )
+        if puts.latency is not None
+    ]
+    return [
+        "an empty node joins (anonymous memory at most; how much the file grew):",
+        *_table(_columns((), numbers), rows),
+    ]
+
+
+def _memory_of(join: JoinResult) -> tuple[str, str, str]:
+    leader, newcomer = _size(join.leader_anonymous_bytes), _size(join.newcomer_anonymous_bytes)
+    return leader, newcomer, _size(join.leader_file_grew_bytes)
 
 
 def _spread(spread: Spread) -> str:

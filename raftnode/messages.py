@@ -750,7 +750,7 @@ def decode_answer(frame: bytes | memoryview) -> AnyAnswer:
 
 def encode(message: Struct) -> bytes:
     """One message as one line."""
-    return _encode_lines((message,))
+    return _encode_lines([message])  # a list: of a tuple, msgspec (0.22) does not give back the memory
 
 
 def decode_object(frame: bytes | memoryview | str) -> dict[str, Any]:

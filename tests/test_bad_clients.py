@@ -263,7 +263,7 @@ def test_large_puts_while_no_majority_is_there(tmp_path: Path) -> None:
     and memory stays bounded. Each put is answered when its time is up, and none of those answers says that it was done.
     When the others are back, the logs become equal, and a put that was refused is in none of them."""
     size, count = 200 * KIB, 60
-    with cluster_with_limits(3, LIMITS, tmp_path) as cluster:
+    with cluster_with_limits(3, LIMITS | {"request_timeout_ms": 2000}, tmp_path) as cluster:
         node = cluster.await_leader()
         cluster.await_caught_up()
         rest = usage(node.pid)

@@ -639,9 +639,9 @@ def test_a_node_joins_while_clients_write() -> None:
     """An empty node joins a cluster of one whose log no longer has everything, so that it gets a snapshot. It has a
     vote in the end; puts were answered before and meanwhile, and none failed."""
     short = ("--setting", "RAFTNODE_LOG_ENTRIES=50")
-    words = ("--nodes", "1", "--connections", "5", "--seconds", "0.3", *SMALL, *short)
+    words = ("--nodes", "1", "--connections", "5", "--seconds", "0.3", "--rate", "200", *SMALL, *short)
     (join,) = measured("join", *words).joins
-    assert (join.nodes, join.connections) == (1, 5)
+    assert (join.nodes, join.connections, join.rate_per_s) == (1, 5, 200)
     assert join.joined_s > 0
     assert min(join.leader_anonymous_bytes, join.newcomer_anonymous_bytes) > 0
     for puts in (join.before, join.during):

@@ -447,15 +447,16 @@ def restart_command(options: Options, times: int) -> None:
 )
 @click.option("--seconds", default=15.0, show_default=True, type=click.FloatRange(0.1),
               help="They write for so long before the node comes, to compare.")  # fmt: skip
+@click.option("--rate", default=0.0, type=click.FloatRange(0), help="Open loop: so many puts a second are due.")
 @_common
-def join_command(options: Options, connections: int, seconds: float) -> None:
+def join_command(options: Options, connections: int, seconds: float, rate: float) -> None:
     """Time until an empty node has the whole state and a vote, and what clients that write feel of it."""
 
     def measure(run: Run, told: Told) -> None:
         with own_cluster(options) as cluster:
             _with_disk(run, cluster)
             for first, keys in itertools.pairwise((0, *options.keys)):
-                load = options.load(keys=keys, connections=connections, seconds=seconds)
+                load = options.load(keys=keys, connections=connections, seconds=seconds, rate=rate)
                 fill(OwnCluster(cluster), load, first, told)
                 run.joins.append(measure_join(cluster, load, told))
 

@@ -546,6 +546,7 @@ def measure_join(cluster: ClusterOfProcesses, load: Load, told: Told = _silent) 
         state_bytes=load.keys * (load.key_bytes + load.value_bytes),
         nodes=nodes,
         connections=load.connections,
+        rate_per_s=load.rate,
         joined_s=joined,
         before=results.operations_of([before])[0],
         during=results.operations_of([during])[0],

@@ -213,6 +213,8 @@ class JoinResult(Struct, frozen=True, kw_only=True):
     nodes: int
     """Before."""
     connections: int
+    rate_per_s: float
+    """Of the open loop; 0: closed loop."""
     joined_s: float
     """From the start of its process until it has a vote."""
     before: Operations

@@ -26,7 +26,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from raftnode.messages import Delete, Get, Put, decode_request
-from raftnode.testing import results
+from raftnode.testing import generator, results
 from raftnode.testing.generator import Generator
 from raftnode.testing.load import NAMESPACE, PAUSE_S, Core, Plan, Report, Slot, Tally, as_seconds, key_of
 from raftnode.testing.machine import cpu_seconds, disk_written_bytes, file_system_of, written_bytes
@@ -521,6 +521,21 @@ def test_an_open_loop_over_sockets_asks_as_often_as_was_said() -> None:
     assert len(as_seconds(found.times)) == 150
     assert min(as_seconds(tally.latencies)) > 0
     assert min(as_seconds(found.late)) >= 0
+
+
+def test_a_long_report_is_told_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipe that takes only a part of what it is given gets the rest after it, to the end of the line."""
+    told = bytearray()
+
+    def write_some(fd: int, data: memoryview) -> int:
+        assert fd == 1
+        told.extend(data[:7])
+        return min(7, len(data))
+
+    monkeypatch.setattr(os, "write", write_some)
+    generator._tell(generator.Progress(12345, 678, 9.0))
+    assert told.endswith(b"\n")
+    assert generator._decode_line(bytes(told)) == generator.Progress(12345, 678, 9.0)
 
 
 def test_a_generator_that_finds_nobody_says_so() -> None:

@@ -215,8 +215,10 @@ class _Run:
 
 
 def _tell(line: Ready | Progress | Report) -> None:
-    sys.stdout.buffer.write(msgspec.json.encode(line) + b"\n")
-    sys.stdout.buffer.flush()
+    """All of it: a report has millions of bytes, and a pipe may take a part of them at a time."""
+    left = memoryview(msgspec.json.encode(line) + b"\n")
+    while left:
+        left = left[os.write(1, left) :]
 
 
 def main() -> None:

@@ -267,7 +267,11 @@ def test_the_name_goes_with_writes(node: Nodes, client: Clients) -> None:
     assert [request.get("client") for request in served.requests] == ["billing", "billing", None]
 
 
-@pytest.mark.parametrize("value", [float("nan"), {1}, b"x", object(), "\ud800", [float("inf")]], ids=repr)
+@pytest.mark.parametrize(
+    "value",
+    [float("nan"), {1}, b"x", object(), "\ud800", [float("inf")]],
+    ids=["nan", "set", "bytes", "object", "surrogate", "infinity"],
+)
 def test_what_is_no_json_is_never_sent(node: Nodes, client: Clients, value: Any) -> None:
     """A value that JSON can't hold is a BadRequest, before a connection is made."""
     served = node(fine)

@@ -133,7 +133,7 @@ class Copy:
 
     def test(self, name: str) -> str | None:
         """What a test says when it fails; None when it passes."""
-        run = self._run([sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", name])
+        run = self._run([sys.executable, "-m", "pytest", "-n", "0", "-x", "-p", "no:cacheprovider", name])
         if run.returncode == 0 and " passed" in run.stdout:
             return None
         if run.returncode != 1:

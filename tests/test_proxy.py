@@ -458,14 +458,17 @@ def test_a_leader_that_hears_nobody(cluster: ClusterOfProcesses) -> None:
 
 
 def test_a_reset_between_members(cluster: ClusterOfProcesses) -> None:
-    """Links that are reset are made again, and the cluster goes on under the same leader."""
+    """Links that are reset are made again, and the cluster goes on under the same leader: one follower that suspects it
+    finds no other one to agree. So the second one's links are reset when the first has heard the leader again, which
+    shows in that it has what was written after the reset."""
     leader = cluster.await_leader()
     term = cluster.term()
     for node in cluster.others(leader):
         mark = node.mark()
         cluster.proxy.reset(leader.address, node.address)
         node.await_event("peer_connected", mark, peer=leader.address)
-    assert write(leader, "after resets", "done", timeout=8) == "ok"
+        assert write(leader, f"after the reset of {node.name}", "done", timeout=8) == "ok"
+        cluster.await_caught_up()
     assert (cluster.await_leader(), cluster.term()) == (leader, term)
 
 

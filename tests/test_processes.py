@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -526,10 +527,10 @@ def directories(*moves: tuple[NodeProcess, Path]) -> Iterator[None]:
 
 def test_a_wiped_node_is_another_one(cluster: ClusterOfProcesses, book: Book, tmp_path: Path) -> None:
     """A node that lost its disk has forgotten its votes and what it acknowledged: under its old address it is a
-    stranger (TRAPS 34). A follower is killed, its directory removed, and it is started again. The two others refuse it
-    as `wrong_node` with both node ids; their writes go on. Once the old node is silent for long enough the leader takes
-    the new one as a learner, and it has a vote when it has caught up. With its own directory back it is a stranger by
-    the same rule, and comes back in the same way."""
+    stranger (TRAPS 34). A follower is killed, its directory removed, and it is started again. It is refused as
+    `wrong_node`, with both node ids; the writes of the others go on. Once the old node is silent for long enough the
+    leader takes the new one as a learner, and it has a vote when it has caught up. With its own directory back it is a
+    stranger by the same rule, and comes back in the same way."""
     leader = cluster.await_leader()
     node = cluster.others(leader)[0]
     old = node.await_answer()["node"]
@@ -538,14 +539,21 @@ def test_a_wiped_node_is_another_one(cluster: ClusterOfProcesses, book: Book, tm
     with directories((node, tmp_path / "own")):
         new = node.start().await_answer()["node"]
         assert new != old
+
+        def refusals(other: NodeProcess, since: int) -> list[dict[str, Any]]:
+            return [event for event in other.events("peer_refused", since) if event["peer"] == node.address]
+
         with Writers(
             [other.address for other in marks], numbered("wiped", seeded(61)), timeout=5, resolve=False
         ) as writers:
-            for other, mark in marks.items():
-                said = other.await_event("peer_refused", since=mark, peer=node.address)
-                assert said["code"] == "wrong_node"
-                assert old in said["why"]
-                assert new in said["why"]
+            said = wait_until(
+                lambda: next((event for other, mark in marks.items() for event in refusals(other, mark)), None),
+                "one of the others refuses it: the leader, or who hears of it before it has its new place",
+                explain=cluster.describe,
+            )
+            assert said["code"] == "wrong_node"
+            assert old in said["why"]
+            assert new in said["why"]
             writers.await_more(30, explain=cluster.describe)
             await_vote(cluster, node, new)
     book.add(writers)
@@ -644,16 +652,23 @@ def test_a_damaged_log_entry_stops_the_node(cluster: ClusterOfProcesses, book: B
 # --- (k) looking inside a live node ---------------------------------------------------------------------------
 
 
+def listed_at_once(node: NodeProcess) -> list[dict[str, Any]] | None:
+    """The state of a node; None when it took so long that the listing is of more than one snapshot."""
+    found = node.inspect("state")
+    return None if any(line["record"] == "renewed" for line in found) else found
+
+
 def test_the_inspector_on_live_nodes_under_writes(cluster: ClusterOfProcesses, book: Book) -> None:
-    """`raftnode-inspect` shows a whole state of a node that is being written to: each listing is one snapshot. While
-    three clients write, the logs of all nodes, one's commits and its state are printed. Each log is without a hole, its
-    terms never fall, its committed part comes before the staged one; of two logs, of one node or of two, one begins
-    with the other; the state is what the committed log says, value for value."""
+    """`raftnode-inspect` shows a whole state of a node that is being written to: a listing is one snapshot, or says
+    where it goes on with a newer one, as it does on a machine that is busy; then it is asked again. While three clients
+    write, the logs of all nodes, one's commits and its state are printed. Each log is without a hole, its terms never
+    fall, its committed part comes before the staged one; of two logs, of one node or of two, one begins with the other;
+    the state is what the committed log says, value for value."""
     with Writers(cluster.addresses, numbered("looked-at", seeded(81)), 3, timeout=5, resolve=False) as writers:
         writers.await_more(50, explain=cluster.describe)
         logs = [node.inspect("log") for node in cluster]
         *commits, end = cluster[0].inspect("commits", "--values")
-        state = cluster[0].inspect("state")
+        state = wait_until(partial(listed_at_once, cluster[0]), "the state is one snapshot", explain=cluster.describe)
         logs.append(cluster[0].inspect("log", "--values"))
         writers.await_more(1, explain=cluster.describe)
     book.add(writers)

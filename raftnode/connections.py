@@ -161,6 +161,9 @@ class Connection(Wire):
         self._in_order = False  # a request without id is under way
         self._is_paused = False
         self._is_closing = False  # nothing more is taken; what is under way is still answered
+        self._has_heard_all = False  # the other end will say no more
+        self.lingers_since: float | None = None
+        """When this node had said all, to somebody who may still be talking: see `_close_when_done`."""
 
     # --- asyncio's side ---
 
@@ -205,8 +208,9 @@ class Connection(Wire):
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
         self._take_unread()
-        self._backlog.extend(self.framer.at_end())
-        self._is_closing = True
+        if not self._is_closing:
+            self._backlog.extend(self.framer.at_end())
+        self._is_closing = self._has_heard_all = True
         self.begun_at = None
         self._pump()
         self._close_when_done()
@@ -330,7 +334,8 @@ class Connection(Wire):
             self._in_order = False
 
     def _read_on(self, may_read: bool) -> None:
-        if self._is_paused is not may_read or not self.is_open or self._is_closing:
+        may_read = may_read or self._is_closing  # what comes after all was taken is dropped
+        if self._is_paused is not may_read or not self.is_open or self._has_heard_all:
             return
         self._is_paused = not may_read
         if may_read:
@@ -412,9 +417,18 @@ class Connection(Wire):
         self._note_held()
 
     def _close_when_done(self) -> None:
+        """End the connection once all is answered. If the other end still talks, only this side is ended, and what
+        comes is dropped until it has seen that (or for `stall_timeout_ms`): to close a socket with something unread in
+        it is a reset, which drops the answers that are on their way."""
         has_answered = self._under_way == 0 and not self._backlog and not self._out
-        if self._is_closing and has_answered and self.is_open:
+        if not (self._is_closing and has_answered and self.is_open):
+            return
+        if self._has_heard_all:
             self.transport.close()
+        elif self.lingers_since is None:
+            self.lingers_since = self.owner.now()
+            self.transport.write_eof()
+            self._read_on(True)
 
     def refuse_surplus(self) -> None:
         """This node has as many connections as it takes."""
@@ -423,6 +437,7 @@ class Connection(Wire):
         self.is_surplus = False
         self._backlog.clear()
         self.close_after_answer()
+        self._has_heard_all = True  # nobody lingers in a storm
 
     def close_after_answer(self) -> None:
         """Send what is due, then end the connection: somebody who was refused."""

@@ -401,7 +401,8 @@ class Transport:
 
     def _is_overdue(self, connection: Connection, now: float) -> bool:
         stall, idle = self.settings.stall_timeout_ms / 1000, self.settings.idle_timeout_ms / 1000
-        stuck_since = [since for since in (connection.blocked_since, connection.begun_at) if since is not None]
+        stuck_at = (connection.blocked_since, connection.begun_at, connection.lingers_since)
+        stuck_since = [since for since in stuck_at if since is not None]
         if stuck_since:
             return now - min(stuck_since) > stall
         return connection.peer is None and connection.is_idle and now - connection.last_frame_at > idle

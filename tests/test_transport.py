@@ -439,6 +439,50 @@ def test_a_refused_greeting_leaves_no_socket(start: Callable[..., RaftNode], pla
     until(lambda: node.connection_count == 0, "they are closed")
 
 
+def test_who_is_refused_in_the_middle_of_a_talk_gets_every_answer(start: Callable[..., RaftNode]) -> None:
+    """Somebody asks for more than a socket buffer holds, says a hello that is refused, and goes on talking, all before
+    it reads anything. What it is owed comes whole, up to the refusal, and then an end: no reset, which would drop what
+    was on its way. What it said after the hello has no effect."""
+    node = start()
+    put = {"type": "put", "key": "big", "value": "x" * 200_000}
+    get = {"type": "get", "key": "big", "consistency": "local"}
+    wrong = hello(node, "n1", node.my_ip) | {"cluster": "0" * 16}
+    with Line(node.my_ip) as client:
+        assert client.ask(put)["data"] is True
+        talk = [*[get] * 40, wrong]
+        client.file.write(b"".join(json.dumps(message).encode() + b"\n" for message in talk))
+        client.file.flush()
+        late = json.dumps({**put, "key": "late"}).encode() * 40
+        sender = threading.Thread(target=client.socket.sendall, args=(late,))
+        sender.start()
+        answers = [client.read() for _ in talk]
+        assert all(len(answer["data"]["value"]) == 200_000 for answer in answers[:-1])
+        assert answers[-1]["error"]["code"] == "wrong_cluster"
+        assert client.file.read() == b"", "an end, and not a reset"
+        sender.join(PATIENCE)
+        client.socket.shutdown(socket.SHUT_WR)
+        until(lambda: node.connection_count == 0, "both sides have ended")
+    assert node.get("late")["version"] == 0, "what came after the refusal is dropped"
+
+
+def test_who_is_refused_and_goes_on_talking_is_cut_off(start: Callable[..., RaftNode]) -> None:
+    """What is said after a refusal is dropped, but not for ever."""
+    node = start(stall_timeout_ms=300)
+    with Line(node.my_ip) as client:
+        wrong = hello(node, "n1", node.my_ip) | {"cluster": "0" * 16}
+        assert client.ask(wrong)["error"]["code"] == "wrong_cluster"
+        assert client.file.read() == b""
+
+        def is_cut() -> bool:
+            with contextlib.suppress(BlockingIOError):
+                client.socket.send(b"x" * 1000, socket.MSG_DONTWAIT)
+            return node.connection_count == 0
+
+        with contextlib.suppress(ConnectionError):
+            until(is_cut, "it is cut off")
+        until(lambda: node.connection_count == 0, "it is cut off")
+
+
 @pytest.mark.parametrize(
     "word",
     [

@@ -176,7 +176,7 @@ class Connection(Wire):
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
             return  # a stranger that was refused goes on talking
-        if self._has_time:
+        if self.peer is not None or self.owner.has_time():
             self._take(data)
             self._pump()
         else:
@@ -186,14 +186,15 @@ class Connection(Wire):
 
     def _take(self, data: bytes) -> None:
         frames = self.framer.feed(data)
+        now = self.owner.now()
         if frames:
-            self.last_frame_at = self.owner.now()
+            self.last_frame_at = now
             self._backlog.extend(frames)
             self._backlog_bytes += len(data) + _FRAME_BYTES * len(frames)
         if not self.framer.is_mid_message:
             self.begun_at = None
         elif frames or self.begun_at is None:
-            self.begun_at = self.owner.now()
+            self.begun_at = now
 
     @property
     def _has_time(self) -> bool:
@@ -231,7 +232,7 @@ class Connection(Wire):
         loop for itself.
         """
         ready: list[Letter] = []
-        backlog, limit, decoded = self._backlog, self.owner.settings.pipeline_requests, 0
+        owner, backlog, limit, decoded = self.owner, self._backlog, self.owner.settings.pipeline_requests, 0
         while backlog and not self.is_full and self._under_way < limit:
             item = backlog.popleft()
             if not isinstance(item, _OPENED):
@@ -249,19 +250,23 @@ class Connection(Wire):
                 break
             if isinstance(item, _Refused):
                 self._send_soon(item.answer)
-            elif self._may_not_be_refused(item) or self.owner.has_memory_for(item.size, self._under_way_bytes):
+            elif (answer := owner.answer_at_once(item)) is not None:
+                answer.id = item.message.id
+                self._send_soon(answer)
+            elif owner.has_memory_for(item.size, self._under_way_bytes) or self._may_not_be_refused(item):
                 self._begin(item)
                 ready.append(item)
             else:
                 self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
-        if backlog and self.owner.is_full:
+        if backlog and owner.is_full:
             self._pump_soon()
         if ready:
-            self.owner.deliver(ready, limited=self.peer is None)
+            owner.deliver_on_loop(ready, limited=self.peer is None)
         else:
-            self.owner.come_round_soon()
+            owner.come_round_soon()
         self._read_on(not backlog and not self._unread)
-        self._note_held()
+        if self.held or backlog or self._unread or self.framer.pending:
+            self._note_held()
 
     def _may_not_be_refused(self, arrival: Arrival) -> bool:
         """What members say of the consensus is bounded by their windows, and a hello is short. If they could be
@@ -323,14 +328,14 @@ class Connection(Wire):
         self._under_way += 1
         self._under_way_bytes += arrival.size
         self.owner.in_flight_bytes += arrival.size
-        if arrival.id is UNSET:
+        if arrival.message.id is UNSET:
             self._in_order = True
 
     def _finish(self, arrival: Arrival) -> None:
         self._under_way -= 1
         self._under_way_bytes -= arrival.size
         self.owner.in_flight_bytes -= arrival.size
-        if arrival.id is UNSET:
+        if arrival.message.id is UNSET:
             self._in_order = False
 
     def _read_on(self, may_read: bool) -> None:
@@ -348,7 +353,8 @@ class Connection(Wire):
     # --- what it keeps here ---
 
     def _note_held(self) -> None:
-        """Tell the owner what this connection keeps at the node, besides requests under way."""
+        """Tell the owner what this connection keeps at the node, besides requests under way. Those whose requests come
+        and are answered keep nothing, and mostly need not be looked at: it is done when they do, or did."""
         if not self._backlog:
             self._backlog_bytes = 0
         held = len(self.framer.pending) + self._backlog_bytes + len(self._unread) + self._out_bytes
@@ -379,7 +385,8 @@ class Connection(Wire):
         """True also when nobody is there any more: reading values for them would be in vain, and many may wait."""
         if not self.is_open or not self.writable:
             return True
-        return self._out_bytes > self.owner.settings.send_buffer_bytes or self.owner.is_full
+        owner = self.owner
+        return self._out_bytes > owner.settings.send_buffer_bytes or owner.unflushed_bytes > owner.unflushed_high
 
     @property
     def is_idle(self) -> bool:
@@ -389,7 +396,7 @@ class Connection(Wire):
     def answer(self, arrival: Arrival, answer: Answer) -> None:
         self._finish(arrival)
         if self.is_open:
-            answer.id = arrival.id
+            answer.id = arrival.message.id
             self.send(answer)
 
     def defer(self, arrival: Arrival) -> None:
@@ -409,7 +416,8 @@ class Connection(Wire):
             self._pump_soon()
         if self._is_closing:
             self._close_when_done()
-        self._note_held()
+        if self.held or self._backlog or self._unread or self.framer.pending or self.transport.get_write_buffer_size():
+            self._note_held()
 
     def resume_writing(self) -> None:
         super().resume_writing()

@@ -214,14 +214,18 @@ class Election:
                 self._post(ready)
             self.transport.flush()
 
+            is_news = False
             if must_write := self._must_write(ready):
-                self.raft.written(has_installed=self._write(ready, clock))
+                is_news = self.raft.written(has_installed=self._write(ready, clock))
 
             if ready.ballot is not None:
                 self._post(ready)
             if ready.promises:
                 self._give(ready.promises)
-            self._finish(must_write)
+            self._go_on(is_news)
+            if must_write:
+                self.handshake.finish()
+            self._keep_house()
             self.transport.flush()
             return self._next_due()
 
@@ -234,6 +238,14 @@ class Election:
             if not self.raft.may_wait(letter.peer, letter.answer):
                 return False
         return True
+
+    def answer_at_once(self, arrival: Arrival) -> Answer | None:
+        """The answer to a local read, which needs no turn: between two turns everything that this node has applied is
+        in its store. None for all others, and for what goes another way than usual: a turn takes care of those."""
+        message = arrival.message
+        if type(message) is not Get or message.consistency != "local":
+            return None
+        return self.requests.answer_at_once(arrival, message)
 
     def _follow_membership(self) -> None:
         """Keep links with the members, from when a change is appended (rule 8). Who is taken out keeps its link until
@@ -291,23 +303,22 @@ class Election:
             self._witnessed_at = self._now
             self.store.witnesses = self.raft.remember().facts()
 
-    def _finish(self, has_written: bool) -> None:
-        """What a write has made possible: commits, all of those of a cluster of one, and answers to hellos; and the
-        housekeeping, of which there is seldom any."""
-        is_news = has_written
+    def _go_on(self, is_news: bool) -> None:
+        """What a write has made possible: commits, all of those of a cluster of one; and what has committed and was too
+        much for one step."""
         while is_news or self.raft.applied < self.raft.commit_id:
             after = self.raft.ready()
             assert after.ballot is None, "nothing came in after the write that could change the ballot"
             self._settle(after)
             self._post(after)
             is_news = False
-        if has_written:
-            self.handshake.finish()
+
+    def _keep_house(self) -> None:
+        """What has its own time; there is seldom any of it."""
         self.members.settle(self._now)
         self.snapshots.send(self._now)
         self.backups.send(self._now)
         self.raft.forget_old_entries()
-        self._follow_membership()
         self._note_changes()
         self._clear_dead_readers()
 

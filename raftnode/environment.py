@@ -12,12 +12,11 @@ data file is gone is not taken for a new one.
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import lmdb
@@ -60,6 +59,41 @@ class _Reading:
         return StoreDamaged(f"{self._file} is damaged: {error}. {RESTORE}")
 
 
+class _Writing:
+    """The write transaction as a context: committed and synced when the block ends without an error."""
+
+    __slots__ = ("_env", "_failed", "_txn")
+
+    def __init__(self, env: lmdb.Environment, failed: Callable[[BaseException], StoreFailed]) -> None:
+        self._env = env
+        self._failed = failed
+
+    def __enter__(self) -> lmdb.Transaction:
+        try:
+            self._txn = self._env.begin(write=True)
+        except BaseException as error:
+            self._end(error)
+            raise
+        return self._txn
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None:
+            self._txn.abort()
+            self._end(error)
+            return
+        try:
+            self._txn.commit()
+        except BaseException as failure:
+            self._end(failure)
+            raise
+
+    def _end(self, error: BaseException) -> None:
+        """Close the environment to further use. What the disk has done is raised as such."""
+        failure = self._failed(error)
+        if isinstance(error, lmdb.Error | OSError):
+            raise failure from error
+
+
 class Environment:
     """An open data directory. Invariant: after the first failed commit or sync, every use raises StoreFailed."""
 
@@ -74,6 +108,7 @@ class Environment:
         if first_facts is None and not any((data_dir / n).exists() for n in (records.DATA_FILE, records.LOCK_FILE)):
             raise StoreForeign(f"{data_dir} holds no node: there is no {records.DATA_FILE} in it")
         self.path = data_dir
+        self._data_file = data_dir / records.DATA_FILE
         self._settings = settings
         self._durable = durable
         self._failure: StoreFailed | None = None
@@ -98,10 +133,6 @@ class Environment:
             raise
 
     # --- opening ---
-
-    @property
-    def _data_file(self) -> Path:
-        return self.path / records.DATA_FILE
 
     @property
     def held_node(self) -> str:
@@ -182,19 +213,10 @@ class Environment:
         StoreDamaged when LMDB finds its own pages damaged."""
         return _Reading(self._usable(), self._data_file)
 
-    @contextlib.contextmanager
-    def write(self) -> Iterator[lmdb.Transaction]:
+    def write(self) -> _Writing:
         """The one write transaction, committed and synced when the block ends. An error of any kind, in the block or
         on the way to the disk, closes the environment to further use; those of the disk become StoreFailed."""
-        env = self._usable()
-        try:
-            with env.begin(write=True) as txn:
-                yield txn
-        except BaseException as error:
-            failure = self._fail(error)
-            if isinstance(error, lmdb.Error | OSError):
-                raise failure from error
-            raise
+        return _Writing(self._usable(), self._fail)
 
     @property
     def databases(self) -> tuple[bytes, ...]:

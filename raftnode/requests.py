@@ -46,6 +46,7 @@ from raftnode.messages import (
     store_key,
 )
 from raftnode.namespaces import Outcome
+from raftnode.records import Record
 from raftnode.store import Finder, Store, found
 from raftnode.transport import Transport
 
@@ -107,6 +108,10 @@ class Requests:
         """A turn begins: take again what waited for a leader, once there is one."""
         self._now = now
         self._has_looked_at_room = False
+        if self._parked or self._forwarded:
+            self._look_for_leader()
+
+    def _look_for_leader(self) -> None:
         serving = self._serving
         if serving == self._last_serving:
             return
@@ -129,12 +134,11 @@ class Requests:
         message = arrival.message
         if self._raft.is_outside:
             arrival.refuse("not_member", f"{self._me} is not a member of the cluster any more; ask another node")
-        elif isinstance(message, _Command):
-            if self._is_sound(arrival, message):
-                self._dispatch_command(arrival, message)
-        else:
-            assert isinstance(message, ChangeRequest), "there is nothing else that clients want done"
+        elif isinstance(message, ChangeRequest):
             self._dispatch_change(arrival, message)
+        else:
+            assert isinstance(message, _Command), "there is nothing else that clients want done"
+            self._dispatch_command(arrival, message)
 
     def _is_sound(self, arrival: Arrival, message: Put | Delete | Get) -> bool:
         """Answer a request for what no node could do."""
@@ -149,6 +153,8 @@ class Requests:
         return True
 
     def _dispatch_command(self, arrival: Arrival, message: Put | Delete | Get) -> None:
+        if not self._is_sound(arrival, message):
+            return
         if isinstance(message, Get):
             self._read(arrival, message)
         elif not self._raft.is_leader:
@@ -307,6 +313,18 @@ class Requests:
                 else:
                     self._answer_read(arrival, message, find)
 
+    def answer_at_once(self, arrival: Arrival, message: Get) -> GetAnswer | None:
+        """The answer to a local read, between two turns. None when a turn has to look at it: it is refused, or the disk
+        is damaged."""
+        if self._stopping_since is not None or self._raft.is_outside:
+            return None
+        try:
+            arrival.store_key = store_key(message.namespace, message.key)
+            with self._store.view() as txn:
+                return self._answer_to_read(message, self._store.finder(txn)(arrival.store_key))
+        except (ProtocolError, StoreDamaged):
+            return None
+
     def _answer_read(self, arrival: Arrival, message: Get, find: Finder) -> None:
         try:
             record = find(arrival.store_key)
@@ -314,12 +332,13 @@ class Requests:
             self._log.error("damaged_value", why=str(damage))
             arrival.refuse("damaged", str(damage))
             return
-        arrival.answer(
-            GetAnswer(
-                data=found(message.key, message.namespace, record),
-                commit_id=self._store.commit_id,
-                consistency=UNSET if message.consistency == "linearizable" else message.consistency,
-            )
+        arrival.answer(self._answer_to_read(message, record))
+
+    def _answer_to_read(self, message: Get, record: Record | None) -> GetAnswer:
+        return GetAnswer(
+            data=found(message.key, message.namespace, record),
+            commit_id=self._store.commit_id,
+            consistency=UNSET if message.consistency == "linearizable" else message.consistency,
         )
 
     def _give_up_leading(self) -> None:

@@ -25,18 +25,15 @@ class States:
     """Which database is which. Invariant: `current` is what the fact `state` on disk says, between transactions."""
 
     def __init__(self, env: Environment, settings: Settings, current: bytes) -> None:
-        self.current = current
         self._env = env
         self._settings = settings
+        self._use(current)
 
-    @property
-    def _other(self) -> bytes:
-        return records.SECOND if self.current == records.COMMITTED else records.COMMITTED
-
-    @property
-    def db(self) -> lmdb._Database:
+    def _use(self, name: bytes) -> None:
+        self.current = name
+        self._other = records.SECOND if name == records.COMMITTED else records.COMMITTED
+        self.db = self._env.db(name)
         """The committed values."""
-        return self._env.db(self.current)
 
     def count(self, txn: lmdb.Transaction) -> int:
         """How many values are on disk."""
@@ -69,7 +66,7 @@ class States:
         """Let what has come in be the state from this transaction on; false when it lacks keys or has too many."""
         if self.count_incoming(txn) != keys:
             return False
-        self.current = self._other
+        self._use(self._other)
         return True
 
     # --- on the way out ---

@@ -112,6 +112,7 @@ class Store:
         self.has_leftover = False
         """True while an old state, or what came of a snapshot that was given up, is not deleted yet."""
         self._on_disk: dict[bytes, object] = {}
+        self._log, self._meta = self._env.db(records.LOG), self._env.db(records.META)
         self._room = (float("inf"), 0)
         self._written_bytes = 0
         try:
@@ -158,22 +159,23 @@ class Store:
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
-        self.has_leftover = self._has_leftover(txn)
+        self.has_leftover = self._looks_for_leftover(txn)
         self.witnesses: dict[str, Witness] = self._fact(txn, b"witnesses", dict[str, Witness]) or {}
 
     def _current_state(self, txn: lmdb.Transaction) -> bytes:
-        stored = txn.get(records.STATE_FACT, db=self._env.db(records.META))
+        stored = txn.get(records.STATE_FACT, db=self._meta)
         if stored is not None:
             self._fact(txn, records.STATE_FACT, str)
         return records.state_named(None if stored is None else bytes(stored))
 
-    def _has_leftover(self, txn: lmdb.Transaction) -> bool:
+    def _looks_for_leftover(self, txn: lmdb.Transaction) -> bool:
+        self._incoming_seen = self.incoming
         return (self.incoming is None or self.incoming.is_over) and self.states.has_leftover(txn)
 
     def _check_log(self, txn: lmdb.Transaction) -> tuple[Mark, Mark]:
         """The ends of the log, after a look at its tail. The middle is checked when it is read."""
         base = self._fact(txn, b"base", Mark) or Mark(GENESIS, 0)
-        db = self._env.db(records.LOG)
+        db = self._log
         count = txn.stat(db)["entries"]
         with txn.cursor(db) as cursor:
             newest = records.position_of(bytes(cursor.key())) if cursor.last() else base.id.commit_id
@@ -306,7 +308,7 @@ class Store:
             yield entry
 
     def _entry(self, txn: lmdb.Transaction, commit_id: int) -> Entry:
-        stored = txn.get(records.log_key(commit_id), db=self._env.db(records.LOG))
+        stored = txn.get(records.log_key(commit_id), db=self._log)
         if stored is None:
             raise self._damaged_entry(commit_id)
         try:
@@ -411,7 +413,8 @@ class Store:
             self._put_effects(txn)
             self._compact(txn, unwritten.entries)
             has_installed = chunk is not None and self._take_chunk(txn, chunk)
-            self.has_leftover = self._has_leftover(txn) and self.states.sweep(txn)
+            if self.has_leftover or chunk is not None or self.incoming is not self._incoming_seen:
+                self.has_leftover = self._looks_for_leftover(txn) and self.states.sweep(txn)
             facts = self._put_facts(txn)
         self.syncs += 1
         self._on_disk |= facts
@@ -425,14 +428,14 @@ class Store:
             return
         rows = [(records.log_key(entry.commit_id), records.pack_entry(entry)) for entry in entries]
         self._written_bytes += sum([len(record) for _, record in rows])
-        with txn.cursor(self._env.db(records.LOG)) as cursor:
+        with txn.cursor(self._log) as cursor:
             _, added = cursor.putmulti(rows, append=True)
         if added != len(rows):
             raise AssertionError(f"the log on disk already has an entry at or after {entries[added].commit_id}")
 
     def _cut(self, txn: lmdb.Transaction, first: int) -> None:
         assert first > self._committed_on_disk, f"a committed entry is never cut: {first}"
-        with txn.cursor(self._env.db(records.LOG)) as cursor:
+        with txn.cursor(self._log) as cursor:
             there = cursor.set_range(records.log_key(first))
             while there:
                 there = cursor.delete()
@@ -440,7 +443,7 @@ class Store:
     def _compact(self, txn: lmdb.Transaction, appended: Sequence[Entry]) -> None:
         """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk with
         this very transaction, so a restart needs none of them."""
-        base, db = self.journal.base, self._env.db(records.LOG)
+        base, db = self.journal.base, self._log
         found = self._retention.shorten(txn, db, base, self.commit_id, appended)
         if found != base:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
@@ -454,7 +457,7 @@ class Store:
         if end is UNSET or not self.states.install(txn, end.keys):
             return False
         assert end.id.commit_id > self.commit_id, "what is committed here is never replaced by something older"
-        txn.drop(self._env.db(records.LOG), delete=False)
+        txn.drop(self._log, delete=False)
         self.journal.begin_anew(Mark(end.id, end.checksum), msgspec.json.decode(end.membership, type=Membership))
         self.commit_id = end.id.commit_id
         self._retention.size = 0
@@ -489,7 +492,7 @@ class Store:
             b"incoming": self.incoming,
             b"witnesses": self.witnesses,
         }
-        on_disk, db = self._on_disk.get, self._env.db(records.META)
+        on_disk, db = self._on_disk.get, self._meta
         changed = {name: fact for name, fact in now.items() if on_disk(name) != fact}
         for name, fact in changed.items():
             txn.put(name, records.pack_meta(name, fact), db=db)
@@ -497,7 +500,7 @@ class Store:
 
     def _fact(self, txn: lmdb.Transaction, name: bytes, type: Any) -> Any:
         """A fact from disk; None when there is none yet."""
-        stored = txn.get(name, db=self._env.db(records.META))
+        stored = txn.get(name, db=self._meta)
         if stored is None:
             return None
         self._on_disk[name] = fact = records.unpack_meta(name, bytes(stored), type)

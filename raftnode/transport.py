@@ -31,6 +31,7 @@ from raftnode.errors import ConfigError, NotCommitted, ProtocolError, Unavailabl
 from raftnode.mailbox import Arrival, Cut, Letter, Mailbox, MemberEnd, insert
 from raftnode.messages import (
     GENESIS,
+    Answer,
     ClientRequest,
     EntryId,
     Hello,
@@ -61,6 +62,10 @@ class Driver(Protocol):
 
     def may_wait(self, letters: Sequence[Letter]) -> bool:
         """True when these need no turn of their own: the next one, which comes in any case, takes them along."""
+        ...
+
+    def answer_at_once(self, arrival: Arrival) -> Answer | None:
+        """The answer to a request that needs no turn, between two turns; None for all others."""
         ...
 
     def begin_stop(self) -> None:
@@ -100,6 +105,8 @@ class Transport:
         self.unflushed: set[Wire] = set()
         self.unflushed_bytes = 0
         """Size of what has collected and was not written yet."""
+        self.unflushed_high = self.settings.client_bytes // 8
+        """Past this, large answers wait until those that have collected are written."""
         self.in_flight_bytes = 0
         """Size of the requests that are not answered yet."""
         self.client_bytes = 0
@@ -118,7 +125,8 @@ class Transport:
         """The open links by member; a link enters itself when it is connected and leaves when it ends."""
         self._keepers: dict[str, asyncio.Task[None]] = {}
         self._callers: dict[str, Caller] = {}
-        self._patient: list[Letter] = []
+        self._arrived: list[Letter] = []  # since the last turn, on the loop's thread, with a driver
+        self._arrived_batches = 0  # of clients
         self._turn_due = False
         self._flush_due = False
         self._round_began: float | None = None
@@ -141,6 +149,7 @@ class Transport:
         """Let `driver` take the turns."""
         self._driver = driver
         self.settings = settings
+        self.unflushed_high = settings.client_bytes // 8
 
     def hello(self, peer: str | None = None) -> Hello:
         """What a link to the member `peer` begins with; without one, a connection for single requests. Raises
@@ -191,6 +200,7 @@ class Transport:
             self._serving.clear()
             server.close()
             sweeper.cancel()
+            self.fill_mailbox()
             if self._driver is not None:
                 self._driver.end()
             await self._close_all()
@@ -276,24 +286,45 @@ class Transport:
             return
         if insert(self.queue, letters, limited):
             self.wake()
-            return
+        else:
+            self._refuse(letters)
+
+    def deliver_on_loop(self, letters: list[Letter], limited: bool) -> None:
+        """As `deliver`, on the loop's thread: for a driver, what comes between two turns is put into the mailbox
+        together, when the turn begins."""
+        if self._driver is None:
+            self.deliver(letters, limited)
+        elif limited and 0 < self.queue.maxsize <= self._arrived_batches:
+            self._refuse(letters)
+        else:
+            self._arrived_batches += limited
+            self._arrived += letters
+            if not self._turn_due:
+                self._schedule()
+
+    def deliver_from_link(self, letters: list[Letter]) -> None:
+        """As `deliver_on_loop`, for what our link to a member brings. If the driver can wait for it, it gets it with
+        the next turn, which comes in any case."""
+        if self._driver is not None and self._driver.may_wait(letters):
+            self._arrived += letters
+        elif letters:
+            self.deliver_on_loop(letters, limited=False)
+
+    def fill_mailbox(self) -> None:
+        """A turn begins: what has arrived on the loop's thread since the last one comes into the mailbox."""
+        if self._arrived:
+            insert(self.queue, self._arrived, limited=False)
+            self._arrived, self._arrived_batches = [], 0
+
+    def _refuse(self, letters: list[Letter]) -> None:
         for letter in letters:
             assert isinstance(letter, Arrival), "only requests can be refused"
             letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
         self.flush_soon()
 
-    def deliver_from_link(self, letters: list[Letter]) -> None:
-        """As `deliver`, for what our link to a member brings, on the loop's thread. If the driver can wait for it, it
-        gets it with the next turn; until then it takes no room in the mailbox."""
-        if self._driver is not None and self._driver.may_wait(letters):
-            self._patient += letters
-        else:
-            self.deliver(self._with_patient(letters), limited=False)
-
-    def _with_patient(self, letters: list[Letter]) -> list[Letter]:
-        """What has waited comes first: it may have come from the same member."""
-        patient, self._patient = self._patient, []
-        return patient + letters
+    def answer_at_once(self, arrival: Arrival) -> Answer | None:
+        """The driver's answer to what needs no turn; see `Driver`."""
+        return None if self._driver is None else self._driver.answer_at_once(arrival)
 
     def wake(self) -> None:
         """See that a turn follows soon. From any thread."""
@@ -318,8 +349,7 @@ class Transport:
             return
         assert self._driver is not None
         assert self._loop is not None
-        if self._patient:
-            insert(self.queue, self._with_patient([]), limited=False)
+        self.fill_mailbox()
         try:
             due = self._driver.cycle()
         except BaseException as failure:
@@ -431,7 +461,7 @@ class Transport:
     @property
     def is_full(self) -> bool:
         """True when more large answers must wait until those that have collected are written."""
-        return self.unflushed_bytes > self.settings.client_bytes // 8
+        return self.unflushed_bytes > self.unflushed_high
 
     def note_held(self, connection: Connection, held: int) -> None:
         """A connection keeps so many bytes here now."""
@@ -455,7 +485,7 @@ class Transport:
         self.note_held(connection, 0)
         if connection.is_link and not any(c.is_link and c.peer == connection.peer for c in self._connections):
             assert connection.peer is not None, "a link is a member's"
-            self.deliver([Cut(connection.peer)], limited=False)
+            self.deliver_on_loop([Cut(connection.peer)], limited=False)
 
     def replace_connection(self, connection: MemberEnd, peer: str) -> None:
         """A member has opened a new link: an older one of its is closed first (TRAPS 36)."""

@@ -20,8 +20,8 @@ import pytest
 
 from raftnode import RaftNode, transport
 from raftnode.connections import Connection
-from raftnode.mailbox import Task
-from raftnode.messages import CODES, LMDB_KEY_BYTES, PROTOCOL_VERSION
+from raftnode.mailbox import Arrival, Task
+from raftnode.messages import CODES, LMDB_KEY_BYTES, PROTOCOL_VERSION, Get
 from raftnode.testing.processes import free_address
 from raftnode.testing.processes import wait_until as until
 
@@ -87,6 +87,23 @@ class Socket:
 
     def close(self) -> None:
         self.socket.close()
+
+
+class Asked:
+    """Who asks without a connection."""
+
+    peer: str | None = None
+    client = "somebody"
+    is_full = False
+
+    def __init__(self) -> None:
+        self.answers: list[Any] = []
+
+    def answer(self, arrival: Arrival, answer: Any) -> None:  # noqa: ARG002
+        self.answers.append(answer)
+
+    def defer(self, arrival: Arrival) -> None:
+        raise AssertionError(f"{arrival} has room for its answer")
 
 
 Start = Callable[..., RaftNode]
@@ -392,6 +409,48 @@ def test_bad_message_keeps_its_place(start: Start, connect: Connect) -> None:
     ]
 
 
+def test_local_reads_need_no_turn(start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A local read is answered where it comes in, from what this node has applied. Without ids it keeps its place
+    behind a put: it waits for that, and sees it. What is wrong with one is told as of any request."""
+    node = start()
+    client = connect(node)
+    assert client.ask(type="put", key="k", value=1)["version"] == 1
+    delivered: list[Any] = []
+    deliver = node.deliver_on_loop
+
+    def watched(letters: Any, limited: bool) -> None:
+        delivered.extend(letter.message.name for letter in letters)
+        deliver(letters, limited)
+
+    monkeypatch.setattr(node, "deliver_on_loop", watched)
+    local = {"type": "get", "key": "k", "consistency": "local"}
+    for n in range(3):
+        answer = client.ask(**local, id=n)
+        assert (answer["id"], answer["data"]["value"], answer["commit_id"], answer["consistency"]) == (n, 1, 2, "local")
+    assert delivered == []
+    client.send(line({"type": "put", "key": "k", "value": 2}) + line(local) + line({**local, "key": "other"}))
+    put, *gets = client.answers(3)
+    assert put["version"] == 2
+    assert [answer["data"]["value"] for answer in gets] == [2, None]
+    assert delivered == ["put"]
+    assert client.ask(**(local | {"key": ""}))["error"]["code"] == "bad_request"
+
+
+def test_what_arrives_with_the_end_is_told(start: Start) -> None:
+    """Requests that have come since the last turn when a node ends are answered, as those in the mailbox are."""
+    node = start()
+    asked = Asked()
+
+    def arrive_and_end() -> None:
+        node.deliver_on_loop([Arrival(Get(key="k"), asked)], limited=True)
+        node._end(None)
+
+    assert node._loop is not None
+    node._loop.call_soon_threadsafe(arrive_and_end)
+    until(lambda: bool(asked.answers), "it is answered")
+    assert asked.answers[0].error.code == "shutting_down"
+
+
 @pytest.mark.parametrize("with_ids", [True, False], ids=["ids", "no-ids"])
 def test_pipeline_past_its_limit_loses_nothing(
     start: Start, connect: Connect, monkeypatch: pytest.MonkeyPatch, with_ids: bool
@@ -401,13 +460,13 @@ def test_pipeline_past_its_limit_loses_nothing(
     node = start(pipeline_requests=3)
     client = connect(node)
     under_way: list[int] = []
-    deliver = node.deliver
+    deliver = node.deliver_on_loop
 
-    def watched(letters: Any, limited: bool = True) -> None:
+    def watched(letters: Any, limited: bool) -> None:
         under_way.extend(c._under_way for c in list(node._connections))
         deliver(letters, limited)
 
-    monkeypatch.setattr(node, "deliver", watched)
+    monkeypatch.setattr(node, "deliver_on_loop", watched)
     for n in range(500):
         client.send(line({"type": "put", "key": f"k{n % 7}", "value": n} | ({"id": n} if with_ids else {})))
     answers = client.answers(500)

@@ -71,32 +71,36 @@ class Journal:
         self.last = last
         self.written = last.id.commit_id
         self._reader = reader
-        self.memberships: tuple[Membership, ...] = tuple(memberships)
+        self.memberships: tuple[Membership, ...] = ()
         """Those that a restart needs: the newest committed one, and the staged ones after it. Another tuple whenever
         anything about them changes."""
+        self.membership: Membership
+        """The members in force: the newest membership entry counts from when it is appended (thesis 4.1)."""
+        self._set_memberships(tuple(memberships))
         self._kept: dict[int, Entry] = {}
         self._kept_first = last.id.commit_id + 1
         self._kept_bytes = 0
         self._cut_from: int | None = None
 
-    @property
-    def membership(self) -> Membership:
-        """The members in force: the newest membership entry counts from when it is appended (thesis 4.1)."""
-        return self.memberships[-1]
+    def _set_memberships(self, memberships: tuple[Membership, ...]) -> None:
+        self.memberships = memberships
+        if memberships:
+            self.membership = memberships[-1]
 
     def found(self, membership: Membership) -> None:
         """Set the founding membership of an empty log."""
         assert not self.memberships, "a cluster is founded once"
-        self.memberships = (membership,)
+        self._set_memberships((membership,))
 
     def bind(self, address: str, node: str) -> None:
         """Remember the node id of a member met for the first time, in every membership that has it unbound."""
-        self.memberships = tuple(m.bind(address, node) if m.node_of(address) == "" else m for m in self.memberships)
+        bound = [m.bind(address, node) if m.node_of(address) == "" else m for m in self.memberships]
+        self._set_memberships(tuple(bound))
 
     def correct(self, address: str, node: str) -> None:
         """In the newest committed membership this address belongs to another node than was thought here."""
         first, *staged = self.memberships
-        self.memberships = (first.with_node(address, node), *staged)
+        self._set_memberships((first.with_node(address, node), *staged))
 
     @property
     def has_unwritten(self) -> bool:
@@ -237,7 +241,7 @@ class Journal:
         """A snapshot as of `base` was installed: the log is empty, and goes on from there. Node ids that this member
         has learned stay known, and so does a newer membership, with which a node that joins has begun."""
         newest = max(self.memberships[0], membership, key=lambda m: m.commit_id)
-        self.memberships = (newest.knowing(self.membership),)
+        self._set_memberships((newest.knowing(self.membership),))
         self.base = self.last = base
         self.written = base.id.commit_id
         self._kept.clear()
@@ -259,7 +263,7 @@ class Journal:
             self._kept_bytes -= self._kept.pop(self._kept_first).size
             self._kept_first += 1
         while len(self.memberships) > 1 and self.memberships[1].commit_id <= settled:
-            self.memberships = self.memberships[1:]
+            self._set_memberships(self.memberships[1:])
 
     def _extend(self, entries: Sequence[Entry]) -> None:
         for entry in entries:
@@ -272,7 +276,7 @@ class Journal:
     def _take_membership(self, entry: Entry) -> None:
         """A node that joins has the membership of that day from the beginning, and then passes through older ones."""
         if entry.commit_id > self.memberships[0].commit_id:
-            self.memberships += (_membership_of(entry).knowing(self.membership),)
+            self._set_memberships((*self.memberships, _membership_of(entry).knowing(self.membership)))
 
     def _cut(self, first: int) -> None:
         """Take the entries from `first` on away, with the memberships that they made."""
@@ -281,7 +285,8 @@ class Journal:
         self._kept_first = min(self._kept_first, first)
         self.last = Mark(self.id_at(first - 1), self._checksum_at(first - 1))
         while len(self.memberships) > 1 and self.membership.commit_id >= first:
-            self.memberships = self.memberships[:-1]  # the first is committed, if not yet known so by a log begun anew
+            # the first is committed, if not yet known so by a log begun anew
+            self._set_memberships(self.memberships[:-1])
         if first <= self.written:
             self.written = first - 1
             self._cut_from = first if self._cut_from is None else min(first, self._cut_from)

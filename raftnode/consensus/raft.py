@@ -120,6 +120,7 @@ class Raft:
         self.node = node
         self.journal = journal
         self.ballot = ballot
+        self.term = ballot.term
         self.commit_id = commit_id
         self.applied = commit_id
         self.role = Role.FOLLOWER
@@ -146,8 +147,9 @@ class Raft:
         self._wall_ms = 0
         self._heard_leader_at = float("-inf")
         self._matched = 0  # this log equals the current leader's up to here; known anew with each leader
-        self._led: tuple[str, str | None, int] = (me, None, 0)
-        # who led last, which node that was, and up to where it said that what we share is committed
+        self._led: tuple[str, Membership | None, int] = (me, None, 0)
+        # who led last, by which membership, and up to where it said that what we share is committed
+        self._spoken: tuple[int, tuple[Membership, ...], set[str]] = (0, (), set())  # see `_note_term`
         self._votes: set[str] = set()
         self._is_refused = False  # in the campaign under way
         self._lost = 0  # campaigns in a row in which somebody refused, without a leader since
@@ -166,10 +168,6 @@ class Raft:
         self.rearm()
 
     # --- what others may look at ---
-
-    @property
-    def term(self) -> int:
-        return self.ballot.term
 
     @property
     def membership(self) -> Membership:
@@ -405,6 +403,7 @@ class Raft:
 
     def _set_ballot(self, ballot: Ballot) -> None:
         self.ballot = ballot
+        self.term = ballot.term
         self._ballot_changed = True
 
     def _become_follower(self, term: int, leader: str | None) -> None:
@@ -498,7 +497,7 @@ class Raft:
 
     def next_change(self) -> MembersCommand | None:
         """What this leader should change now by itself: see `changes.next_steps`."""
-        members = self.membership
+        members = self.journal.membership
         if not self.is_leader or not (members.learners or members.replaces):
             return None
         self._meet_members()
@@ -785,7 +784,7 @@ class Raft:
             return
         granted_pre_vote = isinstance(answer, VoteAnswer) and answer.pre_vote and answer.data
         if not granted_pre_vote:
-            self.witnesses.spoke(peer, answer.term)
+            self._note_term(peer, answer.term)
         if isinstance(answer, VoteAnswer) and answer.data and not answer.pre_vote:
             self.witnesses.add(peer, Witness(answer.term, vote=self.me))
         if answer.term > self.term and not granted_pre_vote:
@@ -812,7 +811,7 @@ class Raft:
                 return not self.reads.is_running and answer.commit_id >= min(progress.told, progress.match)
             case DataAnswer():
                 is_all = progress.next > self.journal.last.id.commit_id
-                is_changing = self._handover is not None or bool(self.membership.learners)
+                is_changing = self._handover is not None or bool(self.journal.membership.learners)
                 return answer.data and answer.match <= self.commit_id and is_all and not is_changing
         return False
 
@@ -853,7 +852,8 @@ class Raft:
         elif answer.data:
             progress.acknowledged(answer.match)
             self.complaint = ""
-            self._count_copies()
+            if progress.match > self.commit_id:
+                self._count_copies()
         elif progress.is_stale(answer.asked):
             return
         elif answer.reason == "gap" and answer.asked <= self.journal.base.id.commit_id:
@@ -888,7 +888,7 @@ class Raft:
         This node counts only what it has written itself (thesis 10.2.1).
         """
         matches = {peer: progress.match for peer, progress in self.progress.items()}
-        agreed = self.membership.agreed({**matches, self.me: self.journal.written})
+        agreed = self.journal.membership.agreed({**matches, self.me: self.journal.written})
         if agreed > self.commit_id and self.journal.term_at(agreed) == self.term:
             self._commit_to(agreed)
 
@@ -903,7 +903,8 @@ class Raft:
     def remember(self) -> Witnesses:
         """What this member knows of the promises of the others, as of now. What it knows of their logs is added only
         here, as it is asked for seldom: of the members that this one leads, and of the one that led it last."""
-        leader, node, position = self._led
+        leader, members, position = self._led
+        node = None if members is None else members.node_of(leader)
         is_same = node == self.membership.node_of(leader)  # else its disk was lost since, and with it what it held
         if is_same and self._is_news(position, self.witnesses.of(leader).floor):
             self.witnesses.add(leader, Witness(floor=self.journal.id_at(position)))
@@ -931,14 +932,24 @@ class Raft:
         entries before the turn in which it has sent and written them is over."""
         if isinstance(message, VoteRequest):
             if not message.pre_vote:
-                self.witnesses.spoke(message.staged.address, message.term)
+                self._note_term(message.staged.address, message.term)
             return
-        self.witnesses.spoke(message.leader, message.term)
+        self._note_term(message.leader, message.term)
         if isinstance(message, TimeoutNow | Snapshot):
             return
         if message.leader == self.leader and message.term == self.term:
-            node = self.membership.node_of(message.leader)
-            self._led = (message.leader, node, min(message.commit_id, self._matched))
+            self._led = (message.leader, self.journal.membership, min(message.commit_id, self._matched))
+
+    def _note_term(self, member: str, term: int) -> None:
+        """A member has spoken in `term`. Each of its messages says so; it is looked at once for each term, and for each
+        membership, as another node at its address has not spoken."""
+        noted_term, memberships, members = self._spoken
+        if noted_term != self.term or memberships is not self.journal.memberships:
+            self._spoken = (self.term, self.journal.memberships, members := set())
+        if term != self.term or member not in members:
+            self.witnesses.spoke(member, term)
+        if term == self.term:
+            members.add(member)
 
     # --- the way out ---
 
@@ -946,7 +957,8 @@ class Raft:
         """Everything that has become due since the last call, for the driver to do in the order of `Ready`."""
         if self.is_leader:
             self._meet_members()
-            self._drive_handover()
+            if self._handover is not None or not self._standing.is_voter:
+                self._drive_handover()
         if self.is_leader:
             self._replicate()
         if self._chunk is not None:
@@ -967,14 +979,16 @@ class Raft:
             (ticket, message), self._chunk = self._chunk, None
             self._promise_end(ticket, message)
 
-    def written(self, has_installed: bool = False) -> None:
+    def written(self, has_installed: bool = False) -> bool:
         """What the last `ready` asked for is on disk; now this node counts its own copy. `has_installed`: its chunk was
-        the last of a snapshot, and the journal and the state are now those of the snapshot."""
+        the last of a snapshot, and the journal and the state are now those of the snapshot. False when nothing can have
+        come of it that another `ready` would tell."""
         assert not self.journal.has_unwritten, "a copy counts once it is on disk"
-        if self._chunk is not None:
+        if has_chunk := self._chunk is not None:
             self._chunk_written(has_installed)
         if self.is_leader:
             self._count_copies()
+        return has_chunk or self.is_leader or bool(self._out.dropped_reads)
 
     def forget_old_entries(self) -> None:
         """Keep the part of the log that is in memory within its limits."""
@@ -1003,7 +1017,7 @@ class Raft:
     def _meet_members(self) -> None:
         """Keep progress of exactly the other members in force: a change counts from when it is appended (rule 8). Of
         another node at the address of a member nothing is known (rule 9)."""
-        members = self.membership
+        members = self.journal.membership
         if self._met is not None and self._met[0] is members:
             return
         before = {} if self._met is None else self._met[1]

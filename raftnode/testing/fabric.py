@@ -398,7 +398,6 @@ class SimulatedTransport(Transport):
         self.outbox: list[tuple[SimulatedLink | SimulatedConnection | Session, Any]] = []
         self.connections: list[SimulatedConnection] = []
         self.sessions: list[Session] = []
-        self._arrived: list[tuple[list[Letter], bool]] = []
         self._pauses: dict[str, float] = {}
         self._is_linking = False
         self._kept: set[str] = set()  # whom this node tries to connect to, or has a link to
@@ -410,21 +409,16 @@ class SimulatedTransport(Transport):
         """Something arrives at the sockets of this node."""
         if self.is_dead:
             return
-        arrived = list(letters)
-        if self._driver is not None and self._driver.may_wait(arrived):
-            self._patient += arrived
-            return
-        self._arrived.append((arrived if limited else self._with_patient(arrived), limited))
-        self.node.want_turn()
-
-    def begin_turn(self) -> None:
-        """What has arrived comes into the mailbox."""
-        arrived, self._arrived = self._arrived, []
-        for letters, limited in (*arrived, (self._with_patient([]), False)):
-            self.deliver(letters, limited)
+        if limited:
+            self.deliver_on_loop(list(letters), limited)
+        else:
+            self.deliver_from_link(list(letters))
 
     def wake(self) -> None:
         """As `Transport.wake`."""
+        self.node.want_turn()
+
+    def _schedule(self) -> None:
         self.node.want_turn()
 
     def flush_soon(self) -> None:

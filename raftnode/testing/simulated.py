@@ -405,7 +405,7 @@ class SimulatedNode:
 
     def turn(self) -> None:
         """One turn of the production driver, and the checks after it."""
-        self.transport.begin_turn()
+        self.transport.fill_mailbox()
         raft = self.raft
         self._followed = raft.role is Role.FOLLOWER
         stalled = self.clock() - self._turn_ended > self.settings.election_low_ms / 1000
@@ -561,7 +561,7 @@ class SimulatedNode:
             self.election.close()
             self.transport.flush()
 
-        self.transport.begin_turn()
+        self.transport.fill_mailbox()
         self._live(stop)
         if self.is_up:
             self.crash()

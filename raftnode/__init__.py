@@ -36,9 +36,11 @@
 
 **In what order effects happen.** One thread, one mailbox, one writer: the loop reads what has arrived, then
 `Election.cycle` takes one turn: take every letter into the consensus; send what promises nothing that is not on disk,
-and answer clients whose entries a majority holds; one LMDB transaction, synced, with ballot, entries, effects and
-commit_id; send what promises that something is on disk. While the disk syncs, the kernel's buffers collect the next
-batch: that is the group commit.
+and answer clients whose entries a majority holds; one LMDB transaction, synced, with ballot and entries; send what
+promises that something is on disk. While the disk syncs, the kernel's buffers collect the next batch: that is the group
+commit. The effects of what has committed, and commit_id with them, go into one of these transactions every
+`flush_entries` entries or `flush_delay_ms`: until then the log has them, and reads see them in memory. Local reads need
+no turn.
 
 **The way of a put**: `connections.Connection` frames and decodes it, `mailbox` carries it, `requests.Requests` checks
 and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` sends it to the followers, `Store.write`

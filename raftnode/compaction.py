@@ -4,7 +4,7 @@ The log keeps `log_entries` entries, or `log_bytes` of them, behind commit_id; t
 where the kept log begins, its *base*, is a fact of the node: id and rolling checksum of the newest entry that is gone
 (thesis 5.1). So the first kept entry is still checked, against the base.
 
-**No pause.** Entries are deleted in the transaction that happens anyway, about twice as many as it appends. LMDB uses
+**No pause.** Entries are deleted in transactions that happen anyway, about twice as many as have come. LMDB uses
 their pages again, so the file levels off too. Nothing is copied: the state is in the same file, as of commit_id.
 
 **What may go**: only what has been applied on disk. A transaction has the effects of all entries up to its commit_id,
@@ -12,8 +12,6 @@ so a restart needs none of these. A member that lacks an entry that is gone gets
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import lmdb
 
@@ -25,21 +23,23 @@ from raftnode.messages import Entry
 
 
 class Retention:
-    """How much of the log is kept. Invariant: `size` is that of the commands from the base to commit_id, in bytes."""
+    """How much of the log is kept. Invariant: `size` is that of the commands from the base to the commit_id on disk, in
+    bytes."""
 
     def __init__(self, settings: Settings, size: int) -> None:
         self.size = size
         self._settings = settings
 
     def shorten(
-        self, txn: lmdb.Transaction, db: lmdb._Database, base: Mark, commit_id: int, appended: Sequence[Entry]
+        self, txn: lmdb.Transaction, db: lmdb._Database, base: Mark, commit_id: int, added: int, added_bytes: int
     ) -> Mark:
-        """Delete the oldest entries, as many as are too many, but not many more than this transaction appends. Returns
-        the new base."""
+        """With this transaction `added` entries, of so many bytes, come to what is kept behind `commit_id`. Delete the
+        oldest, as many as are too many, but not many more than these. Returns the new base."""
+        self.size += added_bytes
         if not self._is_too_long(commit_id - base.id.commit_id):
             return base
-        entries = max(self._settings.compaction_step, 2 * len(appended))
-        size = max(self._settings.compaction_bytes, 2 * sum([entry.size for entry in appended]))
+        entries = max(self._settings.compaction_step, 2 * added)
+        size = max(self._settings.compaction_bytes, 2 * added_bytes)
         with txn.cursor(db) as cursor:
             cursor.first()
             while entries > 0 and size > 0 and self._is_too_long(commit_id - base.id.commit_id):

@@ -104,9 +104,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     down to half of it."""
     room_check_ms: int = 200
     """How often room is looked at; it is looked at sooner when much has been written."""
-    flush_delay_ms: int = 50
-    """On a node with nothing to append, committed effects wait at most this long for their transaction. They are
-    durable as log entries before that."""
+    flush_entries: int = 512
+    """Effects of committed entries go to the disk once in so many entries, so that a page which several of them change
+    is written once; the members take turns. They are durable as log entries before that. More is faster, and takes a
+    node longer at a time: see tools/bench.py."""
+    flush_bytes: int = 4 * MIB
+    """... or when commands of this size have collected."""
+    flush_delay_ms: int = 100
+    """... or when the oldest has waited so long."""
     slow_sync_ms: int = 500
     """A write transaction that takes longer is logged."""
     log_entries: int = 100_000

@@ -180,6 +180,7 @@ class Election:
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
         self._memberships = store.journal.memberships
+        self._take_turns_at_flushing()
         self._linked_leader: str | None = None
         self._complaint = ""
         self._successor: str | None = None
@@ -256,6 +257,7 @@ class Election:
         if now[-1] is before[-1] and now[0] is before[0] and leader == self._linked_leader:
             return
         self._memberships, self._linked_leader = now, leader
+        self._take_turns_at_flushing()
         peers = {address for members in now for address in members.addresses} | {leader or self.me}
         if set(self.transport.peers) != (peers := peers - {self.me}):
             self.transport.set_peers(sorted(peers))
@@ -264,33 +266,44 @@ class Election:
             facts = {"voters": list(now[-1].voters), "learners": list(now[-1].learners)}
             self.log.info("members", commit_id=now[-1].commit_id, **facts)
 
+    def _take_turns_at_flushing(self) -> None:
+        """A member that writes the effects of many entries is slow for a moment. Each does it at entries of its own, so
+        that all the others, and so a majority, are not."""
+        members = self.raft.membership.addresses
+        rank = members.index(self.me) if self.me in members else 0
+        self.store.flush_offset = self.settings.flush_entries * rank // len(members)
+
     def _set_clock(self, now: float) -> None:
         self._now = now
         self.raft.clock(now, int(self.wall_clock() * 1000))
 
     def _must_write(self, ready: Ready) -> bool:
-        """The log and the ballot never wait for their transaction; effects alone may, for `flush_delay_ms`."""
+        """The log and the ballot never wait for their transaction; effects may."""
         if ready.ballot is not None or self.store.journal.has_unwritten or self.handshake.needs_write:
             return True
-        if ready.chunk is not None:
-            return True
+        return ready.chunk is not None or self._are_effects_due()
+
+    def _are_effects_due(self) -> bool:
+        """They wait for more, so that a page of LMDB that several batches change is written once, but not for long."""
         if not self.store.has_effects and not self.store.has_leftover:
             self._effects_since = None
             return False
         if self._effects_since is None:
             self._effects_since = self._now
-        return self._now - self._effects_since >= self._flush_delay
+        return self._now - self._effects_since >= self._flush_delay or self.store.has_many_effects
 
     def _write(self, ready: Ready, clock: Callable[[], float]) -> bool:
         """The transaction; true when it has installed a snapshot."""
         began = clock()
         self._keep_witnesses()
         self.store.incoming = self.raft.incoming
-        has_installed = self.store.write(ready.ballot, ready.chunk)
+        effects = self._are_effects_due()
+        has_installed = self.store.write(ready.ballot, ready.chunk, effects)
         if has_installed:
             assert ready.chunk is not None, "its last chunk"
             self.snapshots.installed(ready.chunk)
-        self._effects_since = None
+        if effects:
+            self._effects_since = None
         took_ms = (clock() - began) * 1000
         if took_ms > self.settings.slow_sync_ms:
             self.log.warning("slow_sync", took_ms=round(took_ms), at=self.store.journal.written)

@@ -3,7 +3,7 @@
 Every node applies the same entries in the same order to the same state, so nothing here may look at a clock, a random
 number, the order of a set or an error of this machine (TRAPS 26).
 
-Effects are applied here first and reach the disk with the next transaction, together with their commit_id. Until then
+Effects are applied here first and reach the disk with a later transaction, together with their commit_id. Until then
 reads find them in `changes`, before they look at the disk: an acknowledged write is always seen.
 """
 

@@ -6,9 +6,10 @@ format, the node's id and address, the cluster's id, the ballot, the commit_id, 
 memberships, and what this node remembers of the promises of the others (`consensus.witness`).
 
 **Who uses it**: one thread writes, the one that runs `Election.cycle` (or, without an election, the caller of `put`).
-Once a node is made, `write` is the only transaction: ballot, cut and new entries, effects of what has committed, and
-commit_id, together, so that no crash can part them. Effects are applied in memory first (`apply`) and are in `write`'s
-next transaction; they lose nothing by waiting, as they are in the log of a majority.
+Once a node is made, `write` is the only transaction: ballot, cut and new entries; and the effects of what has
+committed with commit_id, together, so that no crash can part them. Effects are applied in memory first (`apply`). They
+wait until some batches' have collected, so that a page that several of them change is written once; they lose nothing
+by waiting, as they are in the log of a majority, and a restart carries out again what is above the commit_id on disk.
 
 **Recovery** needs nobody: take the directory's lock, sync (what is visible must be durable before anything is said of
 it), check the format, whose node it is, that the log has no hole and that its end matches its checksums, load the
@@ -107,6 +108,8 @@ class Store:
         self.namespaces = Namespaces()
         self.syncs = 0
         """Transactions written since the start."""
+        self.flush_offset = 0
+        """In entries: see `has_many_effects`."""
         self.trackers: list[Callable[[bytes], object]] = []
         """Called with the store key of each value that `apply` changes: for what a snapshot has to send again."""
         self.has_leftover = False
@@ -115,6 +118,7 @@ class Store:
         self._log, self._meta = self._env.db(records.LOG), self._env.db(records.META)
         self._room = (float("inf"), 0)
         self._written_bytes = 0
+        self._waiting_bytes = 0
         try:
             self._load()
         except BaseException:
@@ -343,7 +347,7 @@ class Store:
             on_disk, apply = self._finder(txn), self.namespaces.apply
             outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
         self.commit_id = entries[-1].commit_id
-        self._retention.size += sum([len(entry.command) for entry in entries])
+        self._waiting_bytes += sum([len(entry.command) for entry in entries])
         return outcomes
 
     def _changed(self, key: bytes) -> None:
@@ -396,8 +400,19 @@ class Store:
         """True when something applied is not in the committed namespaces on disk yet. It may wait."""
         return self._committed_on_disk != self.commit_id
 
-    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
+    @property
+    def has_many_effects(self) -> bool:
+        """True when so much is applied and not on disk that it should not wait any more: once every `flush_entries`
+        entries, `flush_offset` entries before a multiple of that, or past `flush_bytes`."""
+        step, offset = self.settings.flush_entries, self.flush_offset
+        is_past = (self.commit_id + offset) // step > (self._committed_on_disk + offset) // step
+        return is_past or self._waiting_bytes >= self.settings.flush_bytes
+
+    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
+
+        Without `effects` those stay behind, and with them the commit_id on disk: they are durable as entries of the
+        log, and carried out again from there if this process ends now. They are not left out with a `chunk`.
 
         With a `chunk` of a snapshot, that goes in too, and with the last one the snapshot is installed, if it has as
         many keys as it should: then it is true that is returned, and log, state, commit_id and membership are those of
@@ -405,21 +420,24 @@ class Store:
         """
         if ballot is not None:
             self.ballot = ballot
+        effects = effects or chunk is not None
         unwritten = self.journal.unwritten()
         with self._env.write() as txn:
             if unwritten.cut_from is not None:
                 self._cut(txn, unwritten.cut_from)
             self._append(txn, unwritten.entries)
-            self._put_effects(txn)
-            self._compact(txn, unwritten.entries)
+            if effects:
+                self._put_effects(txn)
+                self._compact(txn)
             has_installed = chunk is not None and self._take_chunk(txn, chunk)
             if self.has_leftover or chunk is not None or self.incoming is not self._incoming_seen:
                 self.has_leftover = self._looks_for_leftover(txn) and self.states.sweep(txn)
-            facts = self._put_facts(txn)
+            facts = self._put_facts(txn, effects)
         self.syncs += 1
         self._on_disk |= facts
-        self._committed_on_disk = self.commit_id
-        self.namespaces.changes.clear()
+        if effects:
+            self._committed_on_disk, self._waiting_bytes = self.commit_id, 0
+            self.namespaces.changes.clear()
         self.journal.mark_written()
         return has_installed
 
@@ -440,11 +458,12 @@ class Store:
             while there:
                 there = cursor.delete()
 
-    def _compact(self, txn: lmdb.Transaction, appended: Sequence[Entry]) -> None:
+    def _compact(self, txn: lmdb.Transaction) -> None:
         """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk with
         this very transaction, so a restart needs none of them."""
         base, db = self.journal.base, self._log
-        found = self._retention.shorten(txn, db, base, self.commit_id, appended)
+        added = self.commit_id - self._committed_on_disk
+        found = self._retention.shorten(txn, db, base, self.commit_id, added, self._waiting_bytes)
         if found != base:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
             self.journal.begin_after(found)
@@ -476,15 +495,16 @@ class Store:
             with txn.cursor(db) as cursor:
                 cursor.putmulti(rows)
 
-    def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
-        """Write the facts that are not on disk as they are now; returns them."""
+    def _put_facts(self, txn: lmdb.Transaction, effects: bool) -> dict[bytes, object]:
+        """Write the facts that are not on disk as they are now; returns them. Without `effects` the commit_id on disk
+        stays what it is."""
         now: dict[bytes, object] = {
             b"format": records.FORMAT,
             b"node": self.node_id,
             b"cluster": self.cluster_id,
             b"address": self.address,
             b"ballot": self.ballot,
-            b"commit_id": self.commit_id,
+            b"commit_id": self.commit_id if effects else self._committed_on_disk,
             b"base": self.journal.base,
             b"kept_bytes": self._retention.size,
             b"memberships": self.journal.memberships,

@@ -173,10 +173,10 @@ class Bench:
         self._write = self.store.write
         self.store.write = self._noted_write  # type: ignore[method-assign]
 
-    def _noted_write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
+    def _noted_write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
         self.events.append(WRITE)
         self.in_write()
-        has_installed = self._write(ballot, chunk)
+        has_installed = self._write(ballot, chunk, effects)
         self.on_disk = (self.store.ballot, self.store.journal.written)
         self.events.append(WRITTEN)
         return has_installed
@@ -355,10 +355,10 @@ def test_decide_vote_waits_for_the_disk(tmp_path: Path) -> None:
     node = live(OTHERS, data_dir=tmp_path, election_low_ms=20_000, election_high_ms=20_000)
     write, reached, go_on = node.store.write, threading.Event(), threading.Event()
 
-    def held(ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
+    def held(*what: Any) -> bool:
         reached.set()
         assert go_on.wait(PATIENCE)
-        return write(ballot, chunk)
+        return write(*what)
 
     node.store.write = held  # type: ignore[method-assign]
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -732,6 +732,34 @@ def test_a_read_sees_what_was_acknowledged_and_is_not_on_disk(bench: Bench) -> N
     assert read.only.data.value == Raw(b'"new"')
 
 
+def test_effects_wait_for_more_of_them(make: Make) -> None:
+    """Entries go to the disk in the turn in which they come; their effects, and with them the commit_id on disk, when so
+    many have collected, or after a while."""
+    bench = make(flush_entries=4, flush_delay_ms=100)
+    bench.lead()
+    on_disk: list[int] = []
+    for n in range(8):
+        bench.ask(put("k", b"%d" % n))
+        assert WRITTEN in bench.turn()
+        bench.acknowledge()
+        bench.turn()
+        on_disk.append(bench.store._committed_on_disk)
+    assert bench.store.commit_id == 9
+    assert sorted(set(on_disk)) == [0, 4, 8]
+    assert bench.store.has_effects
+    assert WRITTEN not in bench.turn(0.05)
+    assert WRITTEN in bench.turn(0.06)
+    assert not bench.store.has_effects
+
+
+def test_members_take_turns_at_flushing(make: Make) -> None:
+    """Each of three brings its effects to the disk at entries of its own, a third of the way apart."""
+    bench = make(flush_entries=300)
+    members = sorted((ME, B, C))
+    assert bench.store.flush_offset == 100 * members.index(ME)
+    assert make(others=()).store.flush_offset == 0
+
+
 @pytest.mark.parametrize("kind", ["vote", "data", "own put", "put"])
 def test_a_failed_write_promises_nothing(make: Make, kind: str) -> None:
     """TRAPS, LMDB, "never retry": the transaction raises StoreFailed. The turn raises too, which ends the node; the
@@ -774,10 +802,10 @@ def test_a_failed_write_ends_the_node(tmp_path: Path) -> None:
     node.put("k", 1)
     write = node.store.write
 
-    def fail(ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
+    def fail(*what: Any) -> bool:
         if node.store.journal.has_unwritten:
             raise StoreFailed("the disk is gone")
-        return write(ballot, chunk)
+        return write(*what)
 
     node.store.write = fail  # type: ignore[method-assign]
     with pytest.raises(NotCommitted):

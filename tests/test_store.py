@@ -287,6 +287,57 @@ def test_a_new_directory_gets_an_id_and_keeps_everything(tmp_path: Path, opened:
     assert again.get({"key": "a"})["value"] == "two"
 
 
+def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -> None:
+    """A transaction without effects has the entries, and neither values nor commit_id of what was applied since the last
+    one that had: a restart carries those entries out again, with the same outcomes. Reads see them all the while. The
+    log is not shortened past what is applied on disk, and what it keeps is counted right in any case."""
+    store = opened(tmp_path, log_entries=3)
+    store.found(ADDRESS, MEMBERS)
+    stage(store, *(put_command(f"key-{n % 2}", f"{n}") for n in range(1, 5)))
+    commit(store, 4)
+    first = store.journal.first
+    stage(store, *(put_command(f"key-{n % 2}", f"{n}") for n in range(5, 21)))
+    outcomes = store.apply(store.journal.entries(5, 20, GIB))
+    store.write(effects=False)
+    assert store.has_effects
+    assert store.journal.first == first
+    assert store.get({"key": "key-0"})["value"] == "20"
+    store.close()
+
+    again = opened(tmp_path, log_entries=3)
+    assert (again.commit_id, again.journal.last.id.commit_id, again.journal.first) == (4, 20, first)
+    assert again.get({"key": "key-0"})["value"] == "4"
+    assert again.apply(again.journal.entries(5, 20, GIB)) == outcomes
+    again.write()
+    assert not again.has_effects
+    assert again.journal.first == 18
+    assert again._retention.size == sum(entry.size for entry in again.read_entries(18, 20, GIB))
+    again.close()
+    after = opened(tmp_path, log_entries=3)
+    assert (after.commit_id, after.get({"key": "key-0"})["version"]) == (20, 10)
+
+
+@pytest.mark.parametrize(("offset", "due_at"), [(0, [10, 20]), (4, [6, 16]), (9, [1, 11])])
+def test_effects_are_due_by_number_and_by_size(
+    tmp_path: Path, opened: Callable[..., Store], offset: int, due_at: list[int]
+) -> None:
+    """Once in `flush_entries`, each member at another entry; or when `flush_bytes` have collected."""
+    store = opened(tmp_path, flush_entries=10, flush_bytes=5000)
+    store.found(ADDRESS, MEMBERS)
+    store.flush_offset = offset
+    found = []
+    for number in range(1, 21):
+        stage(store, put_command("k", number))
+        store.apply(store.journal.entries(number, number, GIB))
+        if store.has_many_effects:
+            found.append(number)
+            store.write()
+    assert found == due_at
+    stage(store, put_command("k", "x" * 5000))
+    store.apply(store.journal.entries(21, 21, GIB))
+    assert store.has_many_effects
+
+
 def test_what_was_not_written_is_not_there(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """Only `write` makes a thing durable: entries and effects that are in memory alone are gone after a close, and
     nobody was told of them (TRAPS 2)."""

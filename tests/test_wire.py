@@ -341,9 +341,9 @@ def test_with_ids_they_overlap(start: Start, connect: Connect, monkeypatch: pyte
     client = connect(node)
     write, go_on = node.store.write, threading.Event()
 
-    def slow_write(ballot: Any = None, chunk: Any = None) -> bool:
+    def slow_write(*what: Any) -> bool:
         assert go_on.wait(PATIENCE), "the ping was not answered while the put was under way"
-        return write(ballot, chunk)
+        return write(*what)
 
     client.ask(type="ping")
     monkeypatch.setattr(node.store, "write", slow_write)

@@ -201,7 +201,7 @@ class SimulatedStore(Store):
         self._node = node
         super().__init__("database", node.directory, settings=node.settings, new_id=node.new_id)
 
-    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None) -> bool:
+    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
         """As `Store.write`, if the node lives that long."""
         node = self._node
         unwritten = self.journal.unwritten()
@@ -209,7 +209,7 @@ class SimulatedStore(Store):
         changed_from = unwritten.cut_from or len(node.disk.entries) + 1
         before = self._transactions
         try:
-            has_installed = super().write(ballot, chunk)
+            has_installed = super().write(ballot, chunk, effects)
         finally:
             self._look(changed_from)
         assert self._transactions <= before + 1, f"one transaction: {node.name} could die in the middle of a write"
@@ -226,9 +226,9 @@ class SimulatedStore(Store):
         assert env is not None, "the environment is open while it is written"
         return int(env.info()["last_txnid"])
 
-    def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
+    def _put_facts(self, txn: lmdb.Transaction, effects: bool) -> dict[bytes, object]:
         """The last step of a transaction, and so the place where it can fail."""
-        facts = super()._put_facts(txn)
+        facts = super()._put_facts(txn, effects)
         fault, self._node.write_fault = self._node.write_fault, None
         if fault is WriteFault.KEPT:
             txn.commit()

@@ -105,6 +105,8 @@ class Options(Struct, frozen=True, kw_only=True):
                 kept_entries=pick([1, 5, 20_000]),
                 kept_bytes=pick([1, 500, 32 * MIB]),
                 flush_delay_ms=pick([1, 50, 200]),
+                flush_entries=pick([1, 3, 512]),
+                flush_bytes=pick([1, 500, 4 * MIB]),
                 stall_timeout_ms=low * pick([2, 5]),
                 reconnect_ms=pick([1, 20, 100]),
                 reconnect_high_ms=pick([20, 100, 500]),

@@ -733,8 +733,8 @@ def test_a_read_sees_what_was_acknowledged_and_is_not_on_disk(bench: Bench) -> N
 
 
 def test_effects_wait_for_more_of_them(make: Make) -> None:
-    """Entries go to the disk in the turn in which they come; their effects, and with them the commit_id on disk, when so
-    many have collected, or after a while."""
+    """Entries go to the disk in the turn in which they come; their effects, and with them the commit_id on disk, when
+    so many have collected, or after a while."""
     bench = make(flush_entries=4, flush_delay_ms=100)
     bench.lead()
     on_disk: list[int] = []

@@ -288,9 +288,9 @@ def test_a_new_directory_gets_an_id_and_keeps_everything(tmp_path: Path, opened:
 
 
 def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -> None:
-    """A transaction without effects has the entries, and neither values nor commit_id of what was applied since the last
-    one that had: a restart carries those entries out again, with the same outcomes. Reads see them all the while. The
-    log is not shortened past what is applied on disk, and what it keeps is counted right in any case."""
+    """A transaction without effects has the entries, and neither values nor commit_id of what was applied since the
+    last one that had: a restart carries those entries out again, with the same outcomes. Reads see them all the while.
+    The log is not shortened past what is applied on disk, and what it keeps is counted right in any case."""
     store = opened(tmp_path, log_entries=3)
     store.found(ADDRESS, MEMBERS)
     stage(store, *(put_command(f"key-{n % 2}", f"{n}") for n in range(1, 5)))

@@ -335,6 +335,9 @@ class Handshake:
     def note_refusal(self, peer: str, code: str, message: str) -> None:
         """Say once why a node and this one do not work together; tries go on. There may be any number of strangers: of
         those past the first few, the 1st, 2nd, 4th, 8th ... refusal is told."""
+        if code == "shutting_down":
+            self._log.info("peer_stopping", peer=peer)
+            return
         event = "peer_refused" if self._raft.membership.node_of(peer) is not None else "stranger_refused"
         if peer in self._refusals or len(self._refusals) < _REMEMBERED or event == "peer_refused":
             if self._refusals.get(peer) != message:

@@ -49,6 +49,7 @@ from raftnode.messages import (
     Delete,
     Entry,
     EntryId,
+    ErrorDetail,
     Found,
     Get,
     GetAnswer,
@@ -758,6 +759,17 @@ def test_members_take_turns_at_flushing(make: Make) -> None:
     members = sorted((ME, B, C))
     assert bench.store.flush_offset == 100 * members.index(ME)
     assert make(others=()).store.flush_offset == 0
+
+
+def test_a_member_that_stops_is_no_trouble(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """What a member answers in its last moment is told, but not as an error; a refusal that lasts is one."""
+    with caplog.at_level(logging.INFO):
+        bench.say(B, HeartbeatAnswer(term=0, commit_id=0, error=ErrorDetail(code="shutting_down", message="it stops")))
+        bench.turn()
+        assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+        bench.say(B, HeartbeatAnswer(term=0, commit_id=0, error=ErrorDetail(code="wrong_cluster", message="another")))
+        bench.turn()
+    assert [record.levelno for record in caplog.records if "peer_refused" in record.getMessage()] == [logging.ERROR]
 
 
 @pytest.mark.parametrize("kind", ["vote", "data", "own put", "put"])

@@ -110,7 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     node longer at a time: see tools/bench.py."""
     flush_bytes: int = 4 * MIB
     """... or when commands of this size have collected."""
-    flush_delay_ms: int = 100
+    flush_delay_ms: int = 50
     """... or when the oldest has waited so long."""
     slow_sync_ms: int = 500
     """A write transaction that takes longer is logged."""

@@ -21,6 +21,7 @@ from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply
 from raftnode.messages import (
     Answer,
     ClientRequest,
+    Get,
     Hello,
     HelloAnswer,
     Id,
@@ -240,7 +241,10 @@ class Connection(Wire):
                     backlog.appendleft(item)
                     self._pump_soon()
                     break
-                opened, cost = self._open(item)
+                if isinstance(item, bytes):
+                    opened, cost = self._decode(item, self.framer.lines_only)
+                else:
+                    opened, cost = self._open(item)
                 decoded += cost
                 if opened is None:
                     continue  # what came of it is at the front of the backlog
@@ -250,7 +254,7 @@ class Connection(Wire):
                 break
             if isinstance(item, _Refused):
                 self._send_soon(item.answer)
-            elif (answer := owner.answer_at_once(item)) is not None:
+            elif type(item.message) is Get and (answer := owner.answer_at_once(item, item.message)) is not None:
                 answer.id = item.message.id
                 self._send_soon(answer)
             elif owner.has_memory_for(item.size, self._under_way_bytes) or self._may_not_be_refused(item):
@@ -264,7 +268,9 @@ class Connection(Wire):
             owner.deliver_on_loop(ready, limited=self.peer is None)
         else:
             owner.come_round_soon()
-        self._read_on(not backlog and not self._unread)
+        may_read = not backlog and not self._unread
+        if self._is_paused is may_read:
+            self._read_on(may_read)
         if self.held or backlog or self._unread or self.framer.pending:
             self._note_held()
 
@@ -284,11 +290,9 @@ class Connection(Wire):
             self._take_unread()
             self._pump()
 
-    def _open(self, item: Frame | _Line) -> tuple[Arrival | _Refused | None, int]:
+    def _open(self, item: TooLong | _Line) -> tuple[Arrival | _Refused | None, int]:
         """What a frame holds: a request, or a refusal. None when it may be several, or more has to be looked at first:
         what is left of it stands at the front of the backlog then. And what that has cost, in frames."""
-        if isinstance(item, bytes):
-            return self._decode(item, is_part=self.framer.lines_only)
         if isinstance(item, _Line):
             return self._part(item)
         why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"

@@ -240,12 +240,9 @@ class Election:
                 return False
         return True
 
-    def answer_at_once(self, arrival: Arrival) -> Answer | None:
+    def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
         """The answer to a local read, which needs no turn: between two turns everything that this node has applied is
-        in its store. None for all others, and for what goes another way than usual: a turn takes care of those."""
-        message = arrival.message
-        if type(message) is not Get or message.consistency != "local":
-            return None
+        in its store. None for what goes another way than usual: a turn takes care of that."""
         return self.requests.answer_at_once(arrival, message)
 
     def _follow_membership(self) -> None:

@@ -34,6 +34,7 @@ from raftnode.messages import (
     Answer,
     ClientRequest,
     EntryId,
+    Get,
     Hello,
     PeerRequest,
     Reminder,
@@ -64,8 +65,8 @@ class Driver(Protocol):
         """True when these need no turn of their own: the next one, which comes in any case, takes them along."""
         ...
 
-    def answer_at_once(self, arrival: Arrival) -> Answer | None:
-        """The answer to a request that needs no turn, between two turns; None for all others."""
+    def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
+        """The answer to a read that needs no turn, between two turns; None for all others."""
         ...
 
     def begin_stop(self) -> None:
@@ -322,9 +323,11 @@ class Transport:
             letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
         self.flush_soon()
 
-    def answer_at_once(self, arrival: Arrival) -> Answer | None:
-        """The driver's answer to what needs no turn; see `Driver`."""
-        return None if self._driver is None else self._driver.answer_at_once(arrival)
+    def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
+        """The driver's answer to a local read, which needs no turn; see `Driver`."""
+        if message.consistency != "local" or self._driver is None:
+            return None
+        return self._driver.answer_at_once(arrival, message)
 
     def wake(self) -> None:
         """See that a turn follows soon. From any thread."""

@@ -109,7 +109,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     is written once; the members take turns. They are durable as log entries before that. More is faster, and takes a
     node longer at a time: see tools/bench.py."""
     flush_bytes: int = 4 * MIB
-    """... or when commands of this size have collected."""
+    """... or when commands of this size have collected, or of an eighth of `reserve_bytes`: there must be room."""
     flush_delay_ms: int = 50
     """... or when the oldest has waited so long."""
     slow_sync_ms: int = 500

@@ -202,7 +202,10 @@ class Election:
             self._set_clock(clock())
             self.requests.begin_turn(self._now)
             for letter in drain(self.queue):
-                self._take(letter)
+                if type(letter) is Arrival:  # most are
+                    self._handlers[type(letter.message)](letter)
+                else:
+                    self._take(letter)
             self.requests.expire()
             if self._is_timed:
                 self.raft.tick()
@@ -362,8 +365,6 @@ class Election:
 
     def _take(self, letter: Letter) -> None:
         match letter:
-            case Arrival():
-                self._handlers[type(letter.message)](letter)
             case Reply():
                 self._take_reply(letter)
             case Greeting():

@@ -138,7 +138,8 @@ class Requests:
             self._dispatch_change(arrival, message)
         else:
             assert isinstance(message, _Command), "there is nothing else that clients want done"
-            self._dispatch_command(arrival, message)
+            if self._is_sound(arrival, message):
+                self._dispatch_command(arrival, message)
 
     def _is_sound(self, arrival: Arrival, message: Put | Delete | Get) -> bool:
         """Answer a request for what no node could do."""
@@ -153,8 +154,6 @@ class Requests:
         return True
 
     def _dispatch_command(self, arrival: Arrival, message: Put | Delete | Get) -> None:
-        if not self._is_sound(arrival, message):
-            return
         if isinstance(message, Get):
             self._read(arrival, message)
         elif not self._raft.is_leader:

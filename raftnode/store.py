@@ -119,6 +119,7 @@ class Store:
         self._room = (float("inf"), 0)
         self._written_bytes = 0
         self._waiting_bytes = 0
+        self._flush_bytes = min(self.settings.flush_bytes, self.settings.reserve_bytes // 8)
         try:
             self._load()
         except BaseException:
@@ -406,7 +407,7 @@ class Store:
         entries, `flush_offset` entries before a multiple of that, or past `flush_bytes`."""
         step, offset = self.settings.flush_entries, self.flush_offset
         is_past = (self.commit_id + offset) // step > (self._committed_on_disk + offset) // step
-        return is_past or self._waiting_bytes >= self.settings.flush_bytes
+        return is_past or self._waiting_bytes >= self._flush_bytes
 
     def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.

@@ -177,7 +177,7 @@ class Connection(Wire):
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
             return  # a stranger that was refused goes on talking
-        if self.peer is not None or self.owner.has_time():
+        if self._has_time:
             self._take(data)
             self._pump()
         else:

@@ -5,7 +5,7 @@
     take      everything in the mailbox, into the consensus
     before    what promises nothing that is not on disk: a leader's entries to its followers, heartbeats; and answers to
               clients whose entries a majority already holds durably
-    write     one transaction: ballot, entries, effects of what has committed, commit_id
+    write     one transaction: ballot, entries; when they are due also effects of what has committed, and commit_id
     after     what promises that something is on disk: votes, acknowledgements; and what this write has committed
 
 The way of a put: `Requests` proposes it to the consensus, which appends it to the journal -> *before* sends it to the

@@ -22,7 +22,7 @@ from msgspec import UNSET
 
 from raftnode.config import Settings
 from raftnode.consensus.raft import Raft, Ready
-from raftnode.errors import ProtocolError, StoreDamaged
+from raftnode.errors import ProtocolError, StoreDamaged, StoreError
 from raftnode.mailbox import Arrival
 from raftnode.messages import (
     Answer,
@@ -313,15 +313,15 @@ class Requests:
                     self._answer_read(arrival, message, find)
 
     def answer_at_once(self, arrival: Arrival, message: Get) -> GetAnswer | None:
-        """The answer to a local read, between two turns. None when a turn has to look at it: it is refused, or the disk
-        is damaged."""
+        """The answer to a local read, between two turns. None when a turn has to look at it: it is refused, or the
+        store can't be read, which is told, or ends the node, there."""
         if self._stopping_since is not None or self._raft.is_outside:
             return None
         try:
             arrival.store_key = store_key(message.namespace, message.key)
             with self._store.view() as txn:
                 return self._answer_to_read(message, self._store.finder(txn)(arrival.store_key))
-        except (ProtocolError, StoreDamaged):
+        except (ProtocolError, StoreError):
             return None
 
     def _answer_read(self, arrival: Arrival, message: Get, find: Finder) -> None:

@@ -164,7 +164,7 @@ class Store:
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
-        self.has_leftover = self._looks_for_leftover(txn)
+        self.has_leftover = self._find_leftover(txn)
         self.witnesses: dict[str, Witness] = self._fact(txn, b"witnesses", dict[str, Witness]) or {}
 
     def _current_state(self, txn: lmdb.Transaction) -> bytes:
@@ -173,7 +173,7 @@ class Store:
             self._fact(txn, records.STATE_FACT, str)
         return records.state_named(None if stored is None else bytes(stored))
 
-    def _looks_for_leftover(self, txn: lmdb.Transaction) -> bool:
+    def _find_leftover(self, txn: lmdb.Transaction) -> bool:
         self._incoming_seen = self.incoming
         return (self.incoming is None or self.incoming.is_over) and self.states.has_leftover(txn)
 
@@ -432,7 +432,7 @@ class Store:
                 self._compact(txn)
             has_installed = chunk is not None and self._take_chunk(txn, chunk)
             if self.has_leftover or chunk is not None or self.incoming is not self._incoming_seen:
-                self.has_leftover = self._looks_for_leftover(txn) and self.states.sweep(txn)
+                self.has_leftover = self._find_leftover(txn) and self.states.sweep(txn)
             facts = self._put_facts(txn, effects)
         self.syncs += 1
         self._on_disk |= facts

@@ -33,6 +33,7 @@ from raftnode.errors import (
     NotCommitted,
     ProtocolError,
     RequestError,
+    StoreDamaged,
     StoreFailed,
     StoreForeign,
     StoreOwned,
@@ -759,6 +760,25 @@ def test_members_take_turns_at_flushing(make: Make) -> None:
     members = sorted((ME, B, C))
     assert bench.store.flush_offset == 100 * members.index(ME)
     assert make(others=()).store.flush_offset == 0
+
+
+@pytest.mark.parametrize("error", [StoreFailed, StoreDamaged])
+def test_a_local_read_of_a_store_that_fails_is_for_the_turn(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """Outside of a turn nothing is raised, as nobody there could end the node."""
+    message = Get(key="k", consistency="local")
+    asked = Arrival(message, Asker(bench, "client", None))
+    answer = bench.election.answer_at_once(asked, message)
+    assert answer is not None
+    assert answer.data.version == 0
+
+    def fail() -> None:
+        raise error("the disk is gone")
+
+    monkeypatch.setattr(bench.store, "view", fail)
+    assert bench.election.answer_at_once(asked, message) is None
+    assert asked.done is False
 
 
 def test_a_member_that_stops_is_no_trouble(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

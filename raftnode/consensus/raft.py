@@ -63,7 +63,7 @@ class Ready:
 
     1. apply `committed`, which a majority holds durably, and answer `reads`;
     2. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
-    3. one transaction: `ballot`, the cut and the entries of the journal, the effects, `chunk`;
+    3. one transaction: `ballot`, the cut and the entries of the journal, effects that are due, `chunk`;
     4. send what step 2 held back, then `promises`: they say that something is on disk.
     """
 

@@ -53,6 +53,8 @@ class Wire(asyncio.BufferedProtocol):
 
     def __init__(self, owner: Transport, limit: int) -> None:
         self.owner = owner
+        self.is_members = False
+        """Another member is at the other end: its batch goes out first."""
         self.framer = Framer(limit)
         self.is_open = False
         self.writable = True
@@ -74,6 +76,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self.owner.read_buffer[:nbytes]))
+        self.owner.has_read()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come."""
@@ -84,7 +87,7 @@ class Wire(asyncio.BufferedProtocol):
         line = encode(message)
         self._out.append(line)
         self._out_bytes += len(line)
-        self.owner.unflushed.add(self)
+        (self.owner.unflushed_members if self.is_members else self.owner.unflushed).add(self)
         self.owner.unflushed_bytes += len(line)
 
     def flush(self) -> None:
@@ -267,7 +270,7 @@ class Connection(Wire):
         if ready:
             owner.deliver_on_loop(ready, limited=self.peer is None)
         else:
-            owner.come_round_soon()
+            owner.end_pass_soon()
         may_read = not backlog and not self._unread
         if self._is_paused is may_read:
             self._read_on(may_read)
@@ -412,7 +415,7 @@ class Connection(Wire):
     def _send_soon(self, answer: Answer) -> None:
         """Send what no turn of the driver is going to flush."""
         self.send(answer)
-        self.owner.flush_soon()
+        self.owner.end_pass_soon()
 
     def flush(self) -> None:
         super().flush()
@@ -459,6 +462,7 @@ class Connection(Wire):
     def become_link_of(self, peer: str, is_link: bool) -> None:
         """The other end is a member: it may send whole batches, and always ends its lines."""
         self.peer, self.is_link, self.is_surplus = peer, is_link, False
+        self.is_members = True
         self.framer.limit = self.owner.settings.peer_frame_bytes
         self.framer.lines_only = True
 
@@ -469,6 +473,7 @@ class Link(Wire):
     def __init__(self, owner: Transport, peer: str) -> None:
         super().__init__(owner, owner.settings.peer_frame_bytes)
         self.peer = peer
+        self.is_members = True
         self.framer.lines_only = True
         self.is_ready = False
         """True once both sides have said hello and agreed."""

@@ -42,6 +42,7 @@ from raftnode.messages import (
     encode,
     encode_object,
 )
+from raftnode.passes import PassSelector
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
@@ -104,6 +105,9 @@ class Transport:
         self.read_buffer = memoryview(bytearray(_READ_BYTES))
         """What a connection has read last, until it has taken it."""
         self.unflushed: set[Wire] = set()
+        """Whose batches of answers have collected: clients."""
+        self.unflushed_members: set[Wire] = set()
+        """... and members."""
         self.unflushed_bytes = 0
         """Size of what has collected and was not written yet."""
         self.unflushed_high = self.settings.client_bytes // 8
@@ -129,9 +133,8 @@ class Transport:
         self._arrived: list[Letter] = []  # since the last turn, on the loop's thread, with a driver
         self._arrived_batches = 0  # of clients
         self._turn_due = False
-        self._flush_due = False
+        self._passes = PassSelector(self._end_pass)
         self._round_began: float | None = None
-        self._round_due = False
         self._later: dict[Connection, None] = {}  # a set that keeps its order
         self._let_go = 0
         self._timer: asyncio.TimerHandle | None = None
@@ -178,7 +181,8 @@ class Transport:
         """Listen until `stop` is called, or SIGTERM or SIGINT comes (in the main thread); then finish what is under
         way and return. Raises ConfigError when the address can't be listened on, and whatever ended the driver
         (StoreFailed, StoreDamaged): then the node must not go on."""
-        asyncio.run(self._serve())
+        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(self._passes)) as runner:
+            runner.run(self._serve())
         if self._failure is not None:
             raise self._failure
 
@@ -321,7 +325,7 @@ class Transport:
         for letter in letters:
             assert isinstance(letter, Arrival), "only requests can be refused"
             letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
-        self.flush_soon()
+        self.end_pass_soon()
 
     def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
         """The driver's answer to a local read, which needs no turn; see `Driver`."""
@@ -343,7 +347,22 @@ class Transport:
     def _schedule(self) -> None:
         if self._driver is not None and not self._turn_due and self._loop is not None:
             self._turn_due = True
-            self._loop.call_soon(self._turn)
+            self._passes.end_soon()
+
+    def has_read(self) -> None:
+        """A connection or link has taken what there was to read."""
+        self._passes.has_read()
+
+    def _end_pass(self) -> None:
+        """All that was ready has been read: take a turn if there is something for it, write the answers that needed
+        none, and let connections go on that had to wait."""
+        if self._turn_due:
+            self._turn()
+        elif self.unflushed or self.unflushed_members:
+            self.flush()
+        self._round_began = None
+        if self._later:
+            self._let_go_on()
 
     def _turn(self) -> None:
         """One turn of the driver; whatever it raises ends the node, as its state can't be trusted any more."""
@@ -358,7 +377,6 @@ class Transport:
         except BaseException as failure:
             self._end(failure)
             return
-        self._round_began = None
         if self._stopping.is_set() and self._driver.is_idle:
             self._end(None)
             return
@@ -371,48 +389,42 @@ class Transport:
         self._timer = None
         self._schedule()
 
-    def flush_soon(self) -> None:
-        """Write what has collected when the loop comes round: for answers that no turn gives."""
-        if not self._flush_due and self._loop is not None:
-            self._flush_due = True
-            self._loop.call_soon(self.flush)
+    def end_pass_soon(self) -> None:
+        """See that what has collected is written, and that there is time again, when all that is ready has been read:
+        for what is not followed by a turn. On the loop's thread; nothing happens while there is no loop."""
+        if self._loop is not None:
+            self._passes.end_soon()
 
     def flush(self) -> None:
-        """Write every batch that has collected."""
-        self._flush_due = False
+        """Write every batch that has collected. Those for members come first: their disks have work to do while clients
+        get their answers, each with a system call of its own."""
         self.unflushed_bytes = 0
+        while self.unflushed_members:
+            self.unflushed_members.pop().flush()
         while self.unflushed:
             self.unflushed.pop().flush()
 
     def has_time(self) -> bool:
-        """False once half a heartbeat has gone by since the first that clients have sent after the last turn. The rest
-        is for later, so that turns come between, whatever clients send."""
+        """False once half a heartbeat has gone by since the first that clients have sent in this pass. The rest is for
+        later, so that turns come between, whatever clients send."""
         now = self.now()
         if self._round_began is None:
             self._round_began = now
         return now - self._round_began < self.settings.heartbeat_ms / 2000
 
     def go_on_later(self, connection: Connection) -> None:
-        """Let a connection go on when the loop comes round; first come, first served."""
+        """Let a connection go on at the end of the pass; first come, first served."""
         self._later[connection] = None
-        self.come_round_soon()
+        self._passes.end_soon()
 
-    def come_round_soon(self) -> None:
-        """See that there is time again when the loop comes round: for what is not followed by a turn."""
-        if not self._round_due:
-            self._round_due = True
-            asyncio.get_running_loop().call_soon(self._come_round)
-
-    def _come_round(self) -> None:
-        self._round_due = False
-        self._round_began = None
+    def _let_go_on(self) -> None:
         for connection in list(self._later):
             if not self.has_time():
                 break
             del self._later[connection]
             connection.go_on()
         if self._later:
-            self.come_round_soon()
+            self._passes.end_soon()
 
     async def _sweep(self) -> None:
         """Once a second: end connections that stall, are idle for too long, or links that nobody answers on."""

@@ -12,7 +12,7 @@
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
                     the other end of a link), members (changes of the members, asked for and of the leader's own),
                     snapshots (the state on its way to a member that lacks entries), backups (to a
-                    client)
+                    client), flushing (when effects go to the disk)
     4  node         raftnode (assembles, owns the life of a node), joining (how it becomes a member), client
     5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
                     supervised; comparing: its commands about whole directories, with verification, survey,
@@ -38,9 +38,10 @@
 `Election.cycle` takes one turn: take every letter into the consensus; send what promises nothing that is not on disk,
 and answer clients whose entries a majority holds; one LMDB transaction, synced, with ballot and entries; send what
 promises that something is on disk. While the disk syncs, the kernel's buffers collect the next batch: that is the group
-commit. The effects of what has committed, and commit_id with them, go into one of these transactions every
-`flush_entries` entries or `flush_delay_ms`: until then the log has them, and reads see them in memory. Local reads need
-no turn.
+commit. A leader's entries wait for it until they are sent to somebody, as their copies are written side by side. The
+effects of what has committed, and commit_id with them, go to the disk when many have collected or after
+`flush_delay_ms` (`flushing` tells when): until then the log has them, and reads see them in memory. Local reads need no
+turn.
 
 **The way of a put**: `connections.Connection` frames and decodes it, `mailbox` carries it, `requests.Requests` checks
 and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` sends it to the followers, `Store.write`

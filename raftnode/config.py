@@ -105,13 +105,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     room_check_ms: int = 200
     """How often room is looked at; it is looked at sooner when much has been written."""
     flush_entries: int = 512
-    """Effects of committed entries go to the disk once in so many entries, so that a page which several of them change
-    is written once; the members take turns. They are durable as log entries before that. More is faster, and takes a
-    node longer at a time: see tools/bench.py."""
+    """Effects of committed entries go to a leader's disk once in so many entries, to a follower's once in four times as
+    many, so that a page which several of them change is written once; the members take turns. They are durable as log
+    entries before that. More is faster, and takes a node longer at a time: see tools/bench.py."""
     flush_bytes: int = 4 * MIB
     """... or when commands of this size have collected, or of an eighth of `reserve_bytes`: there must be room."""
     flush_delay_ms: int = 50
-    """... or when the oldest has waited so long."""
+    """... or when the oldest has waited so long; five times that while more than an eighth of `flush_entries` wait."""
     slow_sync_ms: int = 500
     """A write transaction that takes longer is logged."""
     log_entries: int = 100_000

@@ -5,8 +5,10 @@
     take      everything in the mailbox, into the consensus
     before    what promises nothing that is not on disk: a leader's entries to its followers, heartbeats; and answers to
               clients whose entries a majority already holds durably
-    write     one transaction: ballot, entries; when they are due also effects of what has committed, and commit_id
+    write     one transaction: ballot, entries; with a leader's entries also the effects of many that have committed,
+              and commit_id
     after     what promises that something is on disk: votes, acknowledgements; and what this write has committed
+    at last   for what nobody waits: a follower applies what has committed; effects that go alone (see `flushing`)
 
 The way of a put: `Requests` proposes it to the consensus, which appends it to the journal -> *before* sends it to the
 followers -> *write* makes it durable here -> acknowledgements arrive and, in a later *take*, commit it ->
@@ -35,6 +37,7 @@ from raftnode.config import Role
 from raftnode.consensus.changes import ChangeRefused
 from raftnode.consensus.raft import Raft, Ready, Ticket
 from raftnode.errors import BadRequest, NotCommitted, ProtocolError, StoreDamaged, Unavailable, error_for
+from raftnode.flushing import Flushing
 from raftnode.handshake import Handshake
 from raftnode.log import get_logger
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply, Task, drain
@@ -174,13 +177,12 @@ class Election:
         self._now = self._started = self.clock()
         self._is_timed = False
         self._has_ended = False
-        self._effects_since: float | None = None
-        self._flush_delay = self.settings.flush_delay_ms / 1000
+        self._flushing = Flushing(store, self.settings)
         self._readers_checked = self._started
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
         self._memberships = store.journal.memberships
-        self._take_turns_at_flushing()
+        self._flushing.take_turns(self.me, self.raft.membership.addresses, is_leader=False)
         self._linked_leader: str | None = None
         self._complaint = ""
         self._successor: str | None = None
@@ -213,7 +215,9 @@ class Election:
             self._follow_membership()
             ready = self.raft.ready()
 
-            self._settle(ready)
+            is_awaited = self.raft.is_leader or ready.chunk is not None
+            if is_awaited:
+                self._settle(ready)
             if ready.ballot is None:
                 self._post(ready)
             self.transport.flush()
@@ -226,9 +230,15 @@ class Election:
                 self._post(ready)
             if ready.promises:
                 self._give(ready.promises)
+            if not is_awaited:
+                self.transport.flush()  # the leader waits for the promises, and nobody for what this node applies
+                self._settle(ready)
             self._go_on(is_news)
             if must_write:
                 self.handshake.finish()
+            self.transport.flush()
+            if self._flushing.is_due(self._now):
+                self._write_effects(clock)
             self._keep_house()
             self.transport.flush()
             return self._next_due()
@@ -257,7 +267,7 @@ class Election:
         if now[-1] is before[-1] and now[0] is before[0] and leader == self._linked_leader:
             return
         self._memberships, self._linked_leader = now, leader
-        self._take_turns_at_flushing()
+        self._flushing.take_turns(self.me, now[-1].addresses, self.raft.is_leader)
         peers = {address for members in now for address in members.addresses} | {leader or self.me}
         if set(self.transport.peers) != (peers := peers - {self.me}):
             self.transport.set_peers(sorted(peers))
@@ -266,44 +276,36 @@ class Election:
             facts = {"voters": list(now[-1].voters), "learners": list(now[-1].learners)}
             self.log.info("members", commit_id=now[-1].commit_id, **facts)
 
-    def _take_turns_at_flushing(self) -> None:
-        """A member that writes the effects of many entries is slow for a moment. Each does it at entries of its own, so
-        that all the others, and so a majority, are not."""
-        members = self.raft.membership.addresses
-        rank = members.index(self.me) if self.me in members else 0
-        self.store.flush_offset = self.settings.flush_entries * rank // len(members)
-
     def _set_clock(self, now: float) -> None:
         self._now = now
         self.raft.clock(now, int(self.wall_clock() * 1000))
 
     def _must_write(self, ready: Ready) -> bool:
-        """The log and the ballot never wait for their transaction; effects may."""
-        if ready.ballot is not None or self.store.journal.has_unwritten or self.handshake.needs_write:
+        """The ballot and what was sent or acknowledged never wait for their transaction; effects may."""
+        if ready.ballot is not None or self.raft.wants_write or self.handshake.needs_write:
             return True
-        return ready.chunk is not None or self._are_effects_due()
-
-    def _are_effects_due(self) -> bool:
-        """They wait for more, so that a page of LMDB that several batches change is written once, but not for long."""
-        if not self.store.has_effects and not self.store.has_leftover:
-            self._effects_since = None
-            return False
-        if self._effects_since is None:
-            self._effects_since = self._now
-        return self._now - self._effects_since >= self._flush_delay or self.store.has_many_effects
+        return ready.chunk is not None
 
     def _write(self, ready: Ready, clock: Callable[[], float]) -> bool:
         """The transaction; true when it has installed a snapshot."""
-        began = clock()
         self._keep_witnesses()
         self.store.incoming = self.raft.incoming
-        effects = self._are_effects_due()
-        has_installed = self.store.write(ready.ballot, ready.chunk, effects)
+        has_installed = self._transact(clock, ready, self._flushing.goes_along())
         if has_installed:
             assert ready.chunk is not None, "its last chunk"
             self.snapshots.installed(ready.chunk)
+        return has_installed
+
+    def _write_effects(self, clock: Callable[[], float]) -> None:
+        """A transaction of the effects alone, when nobody waits for anything else of this turn."""
+        assert not self.raft.wants_write, "what was sent or acknowledged is on disk by now"
+        self._transact(clock, Ready(), True)
+
+    def _transact(self, clock: Callable[[], float], ready: Ready, effects: bool) -> bool:
+        began = clock()
+        has_installed = self.store.write(ready.ballot, ready.chunk, effects)
         if effects:
-            self._effects_since = None
+            self._flushing.written()
         took_ms = (clock() - began) * 1000
         if took_ms > self.settings.slow_sync_ms:
             self.log.warning("slow_sync", took_ms=round(took_ms), at=self.store.journal.written)
@@ -338,10 +340,7 @@ class Election:
     def _next_due(self) -> float:
         if self.requests.want_turn:
             return self._now
-        due = min(self.raft.deadline(), self.snapshots.due(), self.backups.due())
-        if self._effects_since is not None or self.store.has_effects or self.store.has_leftover:
-            due = min(due, (self._effects_since or self._now) + self._flush_delay)
-        return due
+        return min(self.raft.deadline(), self.snapshots.due(), self.backups.due(), self._flushing.due(self._now))
 
     def _settle(self, ready: Ready) -> None:
         """Apply what has committed and answer who waited for it. A majority holds it durably: that is all that these

@@ -108,8 +108,6 @@ class Store:
         self.namespaces = Namespaces()
         self.syncs = 0
         """Transactions written since the start."""
-        self.flush_offset = 0
-        """In entries: see `has_many_effects`."""
         self.trackers: list[Callable[[bytes], object]] = []
         """Called with the store key of each value that `apply` changes: for what a snapshot has to send again."""
         self.has_leftover = False
@@ -118,8 +116,8 @@ class Store:
         self._log, self._meta = self._env.db(records.LOG), self._env.db(records.META)
         self._room = (float("inf"), 0)
         self._written_bytes = 0
-        self._waiting_bytes = 0
-        self._flush_bytes = min(self.settings.flush_bytes, self.settings.reserve_bytes // 8)
+        self.waiting_bytes = 0
+        """Size of the commands whose effects are not on disk yet."""
         try:
             self._load()
         except BaseException:
@@ -160,7 +158,7 @@ class Store:
         self.address: str | None = self._fact(txn, b"address", str)
         self.ballot: Ballot = self._fact(txn, b"ballot", Ballot) or Ballot()
         self.commit_id: int = self._fact(txn, b"commit_id", int) or 0
-        self._committed_on_disk = self.commit_id
+        self.commit_id_on_disk = self.commit_id  # what is above was applied in memory
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
@@ -348,7 +346,7 @@ class Store:
             on_disk, apply = self._finder(txn), self.namespaces.apply
             outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
         self.commit_id = entries[-1].commit_id
-        self._waiting_bytes += sum([len(entry.command) for entry in entries])
+        self.waiting_bytes += sum([len(entry.command) for entry in entries])
         return outcomes
 
     def _changed(self, key: bytes) -> None:
@@ -399,15 +397,7 @@ class Store:
     @property
     def has_effects(self) -> bool:
         """True when something applied is not in the committed namespaces on disk yet. It may wait."""
-        return self._committed_on_disk != self.commit_id
-
-    @property
-    def has_many_effects(self) -> bool:
-        """True when so much is applied and not on disk that it should not wait any more: once every `flush_entries`
-        entries, `flush_offset` entries before a multiple of that, or past `flush_bytes`."""
-        step, offset = self.settings.flush_entries, self.flush_offset
-        is_past = (self.commit_id + offset) // step > (self._committed_on_disk + offset) // step
-        return is_past or self._waiting_bytes >= self._flush_bytes
+        return self.commit_id_on_disk != self.commit_id
 
     def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
@@ -437,7 +427,7 @@ class Store:
         self.syncs += 1
         self._on_disk |= facts
         if effects:
-            self._committed_on_disk, self._waiting_bytes = self.commit_id, 0
+            self.commit_id_on_disk, self.waiting_bytes = self.commit_id, 0
             self.namespaces.changes.clear()
         self.journal.mark_written()
         return has_installed
@@ -453,7 +443,7 @@ class Store:
             raise AssertionError(f"the log on disk already has an entry at or after {entries[added].commit_id}")
 
     def _cut(self, txn: lmdb.Transaction, first: int) -> None:
-        assert first > self._committed_on_disk, f"a committed entry is never cut: {first}"
+        assert first > self.commit_id_on_disk, f"a committed entry is never cut: {first}"
         with txn.cursor(self._log) as cursor:
             there = cursor.set_range(records.log_key(first))
             while there:
@@ -463,8 +453,8 @@ class Store:
         """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk with
         this very transaction, so a restart needs none of them."""
         base, db = self.journal.base, self._log
-        added = self.commit_id - self._committed_on_disk
-        found = self._retention.shorten(txn, db, base, self.commit_id, added, self._waiting_bytes)
+        added = self.commit_id - self.commit_id_on_disk
+        found = self._retention.shorten(txn, db, base, self.commit_id, added, self.waiting_bytes)
         if found != base:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
             self.journal.begin_after(found)
@@ -505,7 +495,7 @@ class Store:
             b"cluster": self.cluster_id,
             b"address": self.address,
             b"ballot": self.ballot,
-            b"commit_id": self.commit_id if effects else self._committed_on_disk,
+            b"commit_id": self.commit_id if effects else self.commit_id_on_disk,
             b"base": self.journal.base,
             b"kept_bytes": self._retention.size,
             b"memberships": self.journal.memberships,

@@ -735,31 +735,41 @@ def test_a_read_sees_what_was_acknowledged_and_is_not_on_disk(bench: Bench) -> N
 
 
 def test_effects_wait_for_more_of_them(make: Make) -> None:
-    """Entries go to the disk in the turn in which they come; their effects, and with them the commit_id on disk, when
-    so many have collected, or after a while."""
-    bench = make(flush_entries=4, flush_delay_ms=100)
+    """Entries go to the disk in the turn in which they are sent; their effects, and with them the commit_id on disk,
+    go along with some of them, when so many have collected, or after a while."""
+    bench = make(flush_entries=8, flush_delay_ms=100)
     bench.lead()
     on_disk: list[int] = []
-    for n in range(8):
+    for n in range(16):
         bench.ask(put("k", b"%d" % n))
-        assert WRITTEN in bench.turn()
-        bench.acknowledge()
-        bench.turn()
-        on_disk.append(bench.store._committed_on_disk)
-    assert bench.store.commit_id == 9
-    assert sorted(set(on_disk)) == [0, 4, 8]
+        assert bench.turn().count(WRITTEN) == 1
+        assert WRITTEN not in bench.acknowledge(), "a leader has no transaction for effects alone while others come"
+        on_disk.append(bench.store.commit_id_on_disk)
+    assert bench.store.commit_id == 17
+    assert sorted(set(on_disk)) == [0, 8, 16]
     assert bench.store.has_effects
     assert WRITTEN not in bench.turn(0.05)
     assert WRITTEN in bench.turn(0.06)
     assert not bench.store.has_effects
 
 
-def test_members_take_turns_at_flushing(make: Make) -> None:
-    """Each of three brings its effects to the disk at entries of its own, a third of the way apart."""
-    bench = make(flush_entries=300)
-    members = sorted((ME, B, C))
-    assert bench.store.flush_offset == 100 * members.index(ME)
-    assert make(others=()).store.flush_offset == 0
+def test_a_follower_promises_before_it_applies(make: Make) -> None:
+    """The leader waits for its acknowledgement, and nobody for what it applies: that, and the transaction for effects
+    when there is one, come after."""
+    bench = make(flush_entries=1, flush_delay_ms=10_000)
+    bench.follow(B)
+    bench.ask(log_of(B, 1, entries(1, 1, 1, 1), commit_id=4), peer=B)
+    applied: list[int] = []
+    flush = bench.transport.flush
+
+    def noted() -> None:
+        applied.append(bench.store.commit_id)
+        flush()
+
+    bench.transport.flush = noted  # type: ignore[method-assign]
+    assert bench.turn() == [WRITE, WRITTEN, f"DataAnswer to {B}", WRITE, WRITTEN]
+    assert applied[:2] == [0, 0], "before the write, and with the acknowledgement"
+    assert bench.store.commit_id == bench.store.commit_id_on_disk == 4
 
 
 @pytest.mark.parametrize("error", [StoreFailed, StoreDamaged])

@@ -18,7 +18,7 @@ LAYERS: dict[str, set[str]] = {
     "2 store": {"compaction", "environment", "primary", "states", "store"},
     "2 transport": {"blocking", "connections", "passes", "transport"},
     "2 log": {"log"},
-    "3 driver": {"backups", "election", "handshake", "members", "requests", "snapshots"},
+    "3 driver": {"backups", "election", "flushing", "handshake", "members", "requests", "snapshots"},
     "4 node": {"client", "joining", "raftnode"},
     "5 faces": {
         "__main__",

@@ -100,6 +100,47 @@ def test_leader_sends_before_its_own_write_and_counts_itself_after() -> None:
     assert [entry.commit_id for entry in member.raft.ready().committed] == [commit_id]
 
 
+def test_a_leader_writes_what_it_sends() -> None:
+    """Its own copy is written while the others write theirs. What has to wait for their windows can't be on a majority
+    of disks before those open, so it waits for its transaction too, with all that comes meanwhile; a follower's
+    entries never wait, as its acknowledgement promises them."""
+    network = led_by_1()
+    leader, follower = network["1"], network["2"]
+
+    def write() -> None:
+        assert leader.raft.wants_write
+        leader.disk.write(leader.raft.ballot, leader.raft.journal, leader.raft.applied)
+        leader.raft.written()
+
+    first = leader.raft.propose(put("colour"))
+    assert not leader.raft.wants_write, "nobody was sent it yet"
+    sent = dict(leader.raft.ready().requests)
+    assert sent.keys() == {"2", "3"}
+    write()
+    assert not leader.raft.wants_write
+    for n in range(3):
+        second = leader.raft.propose(put(f"shape-{n}"))
+    assert leader.raft.ready().requests == []
+    assert not leader.raft.wants_write, "both have their window full"
+    leader.raft.take("3", DataAnswer(data=True, term=1, match=first))
+    assert [peer for peer, _ in leader.raft.ready().requests] == ["3"]
+    write()
+    leader.raft.take("3", DataAnswer(data=True, term=1, match=second))
+    assert leader.raft.commit_id == second
+
+    message = sent["2"]
+    assert isinstance(message, Data)
+    follower.raft.step("ticket", message)
+    assert follower.raft.wants_write
+
+
+def test_the_only_member_writes_at_once() -> None:
+    """It is its own majority, and has nobody to wait for."""
+    network = led_by_1(size=1)
+    network["1"].raft.propose(put("colour"))
+    assert network["1"].raft.wants_write
+
+
 def test_majority_of_followers_commits_without_the_leaders_own_copy() -> None:
     """Both followers have the entry, the leader's disk is slow: two of three copies are a majority, whosever they are.
     (Thesis 10.2.1.)"""

@@ -317,27 +317,6 @@ def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -
     assert (after.commit_id, after.get({"key": "key-0"})["version"]) == (20, 10)
 
 
-@pytest.mark.parametrize(("offset", "due_at"), [(0, [10, 20]), (4, [6, 16]), (9, [1, 11])])
-def test_effects_are_due_by_number_and_by_size(
-    tmp_path: Path, opened: Callable[..., Store], offset: int, due_at: list[int]
-) -> None:
-    """Once in `flush_entries`, each member at another entry; or when `flush_bytes` have collected."""
-    store = opened(tmp_path, flush_entries=10, flush_bytes=5000)
-    store.found(ADDRESS, MEMBERS)
-    store.flush_offset = offset
-    found = []
-    for number in range(1, 21):
-        stage(store, put_command("k", number))
-        store.apply(store.journal.entries(number, number, GIB))
-        if store.has_many_effects:
-            found.append(number)
-            store.write()
-    assert found == due_at
-    stage(store, put_command("k", "x" * 5000))
-    store.apply(store.journal.entries(21, 21, GIB))
-    assert store.has_many_effects
-
-
 def test_what_was_not_written_is_not_there(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """Only `write` makes a thing durable: entries and effects that are in memory alone are gone after a close, and
     nobody was told of them (TRAPS 2)."""

@@ -61,9 +61,11 @@ Ticket = object
 class Ready:
     """What one turn has to do. The order, kept by `Election.cycle`:
 
-    1. apply `committed`, which a majority holds durably, and answer `reads`;
+    1. apply `committed`, which a majority holds durably, and answer `reads`; a follower, for which nobody waits, may do
+       so after step 4, if there is no `chunk`;
     2. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
-    3. one transaction: `ballot`, the cut and the entries of the journal, effects that are due, `chunk`;
+    3. one transaction, if `Raft.wants_write` or there is a `ballot` or a `chunk`: those, and the cut and the entries of
+       the journal;
     4. send what step 2 held back, then `promises`: they say that something is on disk.
     """
 
@@ -972,6 +974,18 @@ class Raft:
             out.reads = [token for commit_id, token in self._confirmed_reads if commit_id <= self.applied]
             self._confirmed_reads = [read for read in self._confirmed_reads if read[0] > self.applied]
         return out
+
+    @property
+    def wants_write(self) -> bool:
+        """Some of the log is not on disk, and should be after this turn. A leader writes its own copies while others
+        write theirs (thesis 10.2.1), so not before it has sent them to one: what still waits for the window of every
+        member can't be on a majority of disks any sooner for it, and more goes into one transaction."""
+        journal = self.journal
+        if not journal.has_unwritten:
+            return False
+        if not self.is_leader or not self._standing.has_rivals:
+            return True
+        return any(progress.next > journal.written + 1 for progress in self.progress.values())
 
     def _look_at_chunk(self) -> None:
         """The log may have reached the end of a snapshot in the turn in which its last chunk has come."""

@@ -240,6 +240,7 @@ class Election:
             if self._flushing.is_due(self._now):
                 self._write_effects(clock)
             self._keep_house()
+            self.store.end_view()
             self.transport.flush()
             return self._next_due()
 

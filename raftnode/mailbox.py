@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
+from msgspec import Struct
+
 from raftnode.messages import Answer, AnyAnswer, AnyRequest, HelloAnswer, Id, failure
 
 
@@ -53,8 +55,7 @@ class MemberEnd(Origin, Protocol):
         ...
 
 
-@dataclass(slots=True, eq=False)
-class Arrival:
+class Arrival(Struct, eq=False):
     """A request, and the way back."""
 
     message: AnyRequest

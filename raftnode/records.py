@@ -99,10 +99,10 @@ def pack_record(key: bytes, record: Record) -> bytes:
 
 def unpack_record(key: bytes, stored: bytes) -> Record:
     """The committed value stored under `key`. Raises StoreDamaged."""
-    namespace, _, name = key.partition(b"\0")
     if len(stored) <= _checksum.size + _value_header.size or _checksum.unpack_from(stored)[0] != zlib.crc32(
         memoryview(stored)[_checksum.size :], zlib.crc32(key)
     ):
+        namespace, _, name = key.partition(b"\0")
         shown = f"{name.decode(errors='replace')!r} in namespace {namespace.decode(errors='replace')!r}"
         raise StoreDamaged(f"the value of key {shown} does not match its checksum")
     created, modified, version, lease = _value_header.unpack_from(stored, _checksum.size)

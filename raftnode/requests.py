@@ -47,7 +47,7 @@ from raftnode.messages import (
 )
 from raftnode.namespaces import Outcome
 from raftnode.records import Record
-from raftnode.store import Finder, Store, found
+from raftnode.store import Store, found
 from raftnode.transport import Transport
 
 _NOT_LED: Final = ("no_leader", "shutting_down", "not_member")
@@ -56,7 +56,7 @@ OPEN: Final = "the outcome is open: the write may have happened, or may happen y
 STOPPING: Final = "this node is stopping; try another node"
 
 
-_Command = (Put, Delete, Get)
+_COMMANDS: Final = (Put, Delete, Get)
 
 
 class Requests:
@@ -134,12 +134,12 @@ class Requests:
         message = arrival.message
         if self._raft.is_outside:
             arrival.refuse("not_member", f"{self._me} is not a member of the cluster any more; ask another node")
-        elif isinstance(message, ChangeRequest):
-            self._dispatch_change(arrival, message)
-        else:
-            assert isinstance(message, _Command), "there is nothing else that clients want done"
+        elif isinstance(message, _COMMANDS):
             if self._is_sound(arrival, message):
                 self._dispatch_command(arrival, message)
+        else:
+            assert isinstance(message, ChangeRequest), "there is nothing else that clients want done"
+            self._dispatch_change(arrival, message)
 
     def _is_sound(self, arrival: Arrival, message: Put | Delete | Get) -> bool:
         """Answer a request for what no node could do."""
@@ -302,15 +302,13 @@ class Requests:
 
     def _answer_reads(self, reads: list[Arrival]) -> None:
         """From one snapshot that holds everything applied. Who does not take its answers waits for its turn."""
-        with self._store.view() as txn:
-            find = self._store.finder(txn)
-            for arrival in reads:
-                message = arrival.message
-                assert isinstance(message, Get)
-                if arrival.origin.is_full:
-                    arrival.origin.defer(arrival)
-                else:
-                    self._answer_read(arrival, message, find)
+        for arrival in reads:
+            message = arrival.message
+            assert isinstance(message, Get)
+            if arrival.origin.is_full:
+                arrival.origin.defer(arrival)
+            else:
+                self._answer_read(arrival, message)
 
     def answer_at_once(self, arrival: Arrival, message: Get) -> GetAnswer | None:
         """The answer to a local read, between two turns. None when a turn has to look at it: it is refused, or the
@@ -319,14 +317,13 @@ class Requests:
             return None
         try:
             arrival.store_key = store_key(message.namespace, message.key)
-            with self._store.view() as txn:
-                return self._answer_to_read(message, self._store.finder(txn)(arrival.store_key))
+            return self._answer_to_read(message, self._store.find(arrival.store_key))
         except (ProtocolError, StoreError):
             return None
 
-    def _answer_read(self, arrival: Arrival, message: Get, find: Finder) -> None:
+    def _answer_read(self, arrival: Arrival, message: Get) -> None:
         try:
-            record = find(arrival.store_key)
+            record = self._store.find(arrival.store_key)
         except StoreDamaged as damage:
             self._log.error("damaged_value", why=str(damage))
             arrival.refuse("damaged", str(damage))

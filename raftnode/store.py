@@ -114,6 +114,7 @@ class Store:
         """True while an old state, or what came of a snapshot that was given up, is not deleted yet."""
         self._on_disk: dict[bytes, object] = {}
         self._log, self._meta = self._env.db(records.LOG), self._env.db(records.META)
+        self._viewed: Finder | None = None  # see `_view`
         self._room = (float("inf"), 0)
         self._written_bytes = 0
         self.waiting_bytes = 0
@@ -342,9 +343,8 @@ class Store:
         if not entries:
             return []
         assert entries[0].commit_id == self.commit_id + 1, f"{entries[0].commit_id} can't follow {self.commit_id}"
-        with self._env.read() as txn:
-            on_disk, apply = self._finder(txn), self.namespaces.apply
-            outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
+        on_disk, apply = self._view(), self.namespaces.apply
+        outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
         self.commit_id = entries[-1].commit_id
         self.waiting_bytes += sum([len(entry.command) for entry in entries])
         return outcomes
@@ -352,6 +352,25 @@ class Store:
     def _changed(self, key: bytes) -> None:
         for track in self.trackers:
             track(key)
+
+    def find(self, key: bytes) -> records.Record | None:
+        """The value under a store key, with everything applied. Raises StoreDamaged."""
+        return self.namespaces.find(key, self._view())
+
+    def _view(self) -> Finder:
+        """One view of the disk for all that is looked up between two transactions, as to make one takes as long as to
+        look something up. It ends with the next `write`, and with each turn (`end_view`): pages that it sees are not
+        used again meanwhile."""
+        if self._viewed is None:
+            self._reading = self._env.read()
+            self._viewed = self._finder(self._reading.__enter__())
+        return self._viewed
+
+    def end_view(self) -> None:
+        """Let go of the view that `find` and `apply` have used."""
+        if self._viewed is not None:
+            self._viewed = None
+            self._reading.__exit__(None, None, None)
 
     def view(self) -> contextlib.AbstractContextManager[lmdb.Transaction]:
         """One consistent view of the disk, for `States`; `namespaces.changes` lie over it."""
@@ -361,12 +380,8 @@ class Store:
     def snapshot(self) -> Iterator[Finder]:
         """One consistent view of everything applied: a function from store key to value. It raises StoreDamaged."""
         with self._env.read() as txn:
-            yield self.finder(txn)
-
-    def finder(self, txn: lmdb.Transaction) -> Finder:
-        """The same, within a view."""
-        on_disk, find = self._finder(txn), self.namespaces.find
-        return lambda key: find(key, on_disk)
+            on_disk = self._finder(txn)
+            yield lambda key: self.namespaces.find(key, on_disk)
 
     def _finder(self, txn: lmdb.Transaction) -> Finder:
         db, get, unpack = self.states.db, txn.get, records.unpack_record
@@ -412,6 +427,7 @@ class Store:
         if ballot is not None:
             self.ballot = ballot
         effects = effects or chunk is not None
+        self.end_view()
         unwritten = self.journal.unwritten()
         with self._env.write() as txn:
             if unwritten.cut_from is not None:
@@ -539,6 +555,7 @@ class Store:
 
     def close(self) -> None:
         """Close; a memory store is gone then. What was not written is not lost: nobody was told of it."""
+        self.end_view()
         self._env.close()
         if self._memory is not None:
             self._memory.remove()

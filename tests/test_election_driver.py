@@ -734,6 +734,24 @@ def test_a_read_sees_what_was_acknowledged_and_is_not_on_disk(bench: Bench) -> N
     assert read.only.data.value == Raw(b'"new"')
 
 
+def test_no_view_of_the_disk_outlives_a_turn(bench: Bench) -> None:
+    """Pages that a view sees are not used again while it is there: one that local reads have opened between two turns
+    is gone after the next, and so is what a turn has used."""
+    bench.lead()
+    read = Arrival(Get(key="k", consistency="local"), Asker(bench, "client", None))
+
+    def views() -> list[str]:
+        env = bench.store._env._env
+        assert env is not None
+        return [line for line in env.readers().splitlines()[1:] if not line.endswith(" -")]
+
+    assert isinstance(read.message, Get)
+    assert bench.election.answer_at_once(read, read.message) is not None
+    assert len(views()) == 1
+    bench.turn()
+    assert views() == []
+
+
 def test_effects_wait_for_more_of_them(make: Make) -> None:
     """Entries go to the disk in the turn in which they are sent; their effects, and with them the commit_id on disk,
     go along with some of them, when so many have collected, or after a while."""
@@ -786,7 +804,8 @@ def test_a_local_read_of_a_store_that_fails_is_for_the_turn(
     def fail() -> None:
         raise error("the disk is gone")
 
-    monkeypatch.setattr(bench.store, "view", fail)
+    bench.store.end_view()
+    monkeypatch.setattr(bench.store._env, "read", fail)
     assert bench.election.answer_at_once(asked, message) is None
     assert asked.done is False
 

@@ -49,6 +49,7 @@ from raftnode.messages import (
     Noop,
     PutCommand,
     encode_command,
+    store_key,
 )
 from raftnode.store import Store
 
@@ -315,6 +316,26 @@ def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -
     again.close()
     after = opened(tmp_path, log_entries=3)
     assert (after.commit_id, after.get({"key": "key-0"})["version"]) == (20, 10)
+
+
+def test_what_is_found_is_the_newest_before_and_after_a_transaction(
+    opened: Callable[..., Store], tmp_path: Path
+) -> None:
+    """All that is looked up between two transactions shares one view of the disk. What is applied lies over it, and a
+    transaction, which takes that away, ends it."""
+    store = opened(tmp_path)
+    store.found(ADDRESS, MEMBERS)
+    key = store_key("default", "k")
+    assert store.find(key) is None
+    for number in range(1, 4):
+        stage(store, put_command("k", str(number)))
+        store.apply(store.journal.entries(number, number, GIB))
+        found = store.find(key)
+        assert found is not None
+        assert (found.version, bytes(found.value)) == (number, json.dumps(str(number)).encode())
+        store.write()
+        assert not store.namespaces.changes
+        assert store.find(key) == found
 
 
 def test_what_was_not_written_is_not_there(tmp_path: Path, opened: Callable[..., Store]) -> None:

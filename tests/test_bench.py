@@ -126,6 +126,22 @@ def test_open_loop_counts_the_waiting_of_requests_that_could_not_be_sent() -> No
     assert latencies(script.close()) == [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1, 0.0, 0.0, 0.0, 0.0, 0.0]
 
 
+def test_connections_have_their_turns() -> None:
+    """One connection does not get all until it is full. Else seconds could pass in which only a node that hangs is
+    asked, and they would be counted as an outage of the others."""
+    script = Script(rate=10.0, seconds=2.0, connections=3, in_flight=100)
+    script.core.begin(0.0)
+    for moment in range(1, 13):
+        script.to(moment / 10)
+        script.answer(moment % 2)
+    assert len(script.sent) == 13
+    assert [[slot.kind for slot in c.slots].count("put") for c in script.connections] == [3, 2, 2]
+    script.core.lost(script.connections[0], script.connections[0].slots, 1.2)
+    for moment in range(13, 19):
+        script.to(moment / 10)
+    assert [[slot.kind for slot in c.slots].count("put") for c in script.connections] == [0, 5, 5]
+
+
 def test_open_loop_offers_the_same_load_to_a_slow_server() -> None:
     """With room for them, requests go out when they are due, answered or not; those that the timer sends late say by
     how much."""

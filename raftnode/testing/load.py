@@ -325,7 +325,8 @@ class Core:
         self._later = later
         self._requests = requests_of(plan)
         self._outcomes: dict[Kind, _Outcomes] = {kind: _Outcomes(kind) for kind in ("put", "get", "delete")}
-        self._free: deque[Slot] = deque()
+        self._free: dict[Sink, deque[Slot]] = {}
+        self._turns: deque[Sink] = deque()  # connections with free slots; each has its turn, so that all get as many
         self._gone: set[Sink] = set()
         self._start = float("inf")
         self._sent = 0  # open loop: number of the next request that is due
@@ -357,18 +358,31 @@ class Core:
     def _send_what_is_due(self, late: array[float] | None = None) -> None:
         now = self._clock()
         touched: dict[Sink, None] = {}
-        while self._free and now >= self._start:
-            slot = self._free.popleft()
-            if slot.sink in self._gone:
-                continue
-            if not self._use(slot, now):
-                self._free.appendleft(slot)
+        while self._turns and now >= self._start:
+            sink = self._turns[0]
+            slots = self._free[sink]
+            slot = slots[0]
+            if sink not in self._gone and not self._use(slot, now):
                 break
-            touched[slot.sink] = None
+            self._turns.popleft()
+            if sink in self._gone:
+                del self._free[sink]
+                continue
+            slots.popleft()
+            if slots:
+                self._turns.append(sink)
+            touched[sink] = None
             if late is not None and self.plan.rate:
                 late.append(now - slot.began)
         for sink in touched:
             sink.flush()
+
+    def _is_free(self, slot: Slot) -> None:
+        """A slot can take a request again."""
+        slots = self._free.setdefault(slot.sink, deque())
+        if not slots:
+            self._turns.append(slot.sink)
+        slots.append(slot)
 
     def _use(self, slot: Slot, now: float) -> bool:
         """Send the next request from this slot; False when there is none now."""
@@ -401,7 +415,8 @@ class Core:
 
     def connected(self, slots: Iterable[Slot]) -> None:
         """These are free."""
-        self._free.extend(slots)
+        for slot in slots:
+            self._is_free(slot)
         self._send_what_is_due()
 
     def ended_well(self, slot: Slot, now: float, is_absent: bool) -> None:
@@ -417,7 +432,7 @@ class Core:
         self.answered += 1
         self.last = now
         if not self._use(slot, now):
-            self._free.append(slot)
+            self._is_free(slot)
 
     def ended_badly(self, slot: Slot, now: float, code: str) -> None:
         """It was answered with an error, or never will be."""

@@ -113,9 +113,7 @@ class Backups:
         backup.seq += 1
         backup.due = now + pace.pause(transfer, chunk.size * len(self._open))
         backup.waiting, backup.used_at = None, now
-        store = self._store
-        with store.view() as txn:
-            keys = store.states.count(txn)
+        store, keys = self._store, transfer.count()
         if chunk.end is not UNSET:
             self._end(number)
         arrival.answer(

@@ -145,9 +145,17 @@ class Transfer:
         return SnapshotEnd(
             id=mark.id,
             checksum=mark.checksum,
-            keys=store.states.count(txn) + sum(self._added(txn)),
+            keys=self._count(txn),
             membership=msgspec.Raw(msgspec.json.encode(journal.committed_membership(store.commit_id))),
         )
+
+    def count(self) -> int:
+        """How many keys the state has, as it is applied now."""
+        with self._store.view() as txn:
+            return self._count(txn)
+
+    def _count(self, txn: Any) -> int:
+        return self._store.states.count(txn) + sum(self._added(txn))
 
     def _added(self, txn: Any) -> Iterator[int]:
         """What each change that is not on disk yet does to the number of keys."""

@@ -343,8 +343,9 @@ class Store:
         if not entries:
             return []
         assert entries[0].commit_id == self.commit_id + 1, f"{entries[0].commit_id} can't follow {self.commit_id}"
-        on_disk, apply = self._view(), self.namespaces.apply
-        outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
+        with self._env.read() as txn:
+            on_disk, apply = self._finder(txn), self.namespaces.apply
+            outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
         self.commit_id = entries[-1].commit_id
         self.waiting_bytes += sum([len(entry.command) for entry in entries])
         return outcomes
@@ -354,20 +355,20 @@ class Store:
             track(key)
 
     def find(self, key: bytes) -> records.Record | None:
-        """The value under a store key, with everything applied. Raises StoreDamaged."""
+        """The value under a store key, with everything applied; `end_view` follows. Raises StoreDamaged."""
         return self.namespaces.find(key, self._view())
 
     def _view(self) -> Finder:
-        """One view of the disk for all that is looked up between two transactions, as to make one takes as long as to
-        look something up. It ends with the next `write`, and with each turn (`end_view`): pages that it sees are not
-        used again meanwhile."""
+        """One view of the disk for all that `find` looks up between two transactions: to make one takes as long as to
+        look something up. It ends with the next `write`, and with each turn (`end_view`), as the pages that it sees are
+        not used again meanwhile."""
         if self._viewed is None:
             self._reading = self._env.read()
             self._viewed = self._finder(self._reading.__enter__())
         return self._viewed
 
     def end_view(self) -> None:
-        """Let go of the view that `find` and `apply` have used."""
+        """Let go of the view that `find` has used."""
         if self._viewed is not None:
             self._viewed = None
             self._reading.__exit__(None, None, None)

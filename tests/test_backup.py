@@ -152,6 +152,20 @@ class Pulled:
         self._client.close()
 
 
+def test_progress_counts_what_is_not_on_disk_yet(tmp_path: Path) -> None:
+    """What was put a moment ago may be in the log and in memory only: it is in the backup, and counted from the first
+    chunk on, so that whoever waits sees how much there is."""
+    slow = {**FAST, "RAFTNODE_FLUSH_DELAY_MS": "100000", "RAFTNODE_SNAPSHOT_CHUNK_BYTES": "500"}
+    with running(free_address(), tmp_path / "node", slow) as node, node.client() as client:
+        for n in range(20):
+            client.put(f"key-{n}", "x" * 100)
+        client.delete("key-3")
+        told: list[tuple[int, int]] = []
+        take(node.address, tmp_path / "file", timeout=PATIENCE_S, advance=lambda *so_far: told.append(so_far))
+    assert {total for _, total in told} == {19}
+    assert len(contents(tmp_path / "file")) == 19
+
+
 def test_writes_between_the_chunks_are_all_in_it(tmp_path: Path) -> None:
     """Between two chunks, keys are written, overwritten, deleted, and made anew, on both sides of the cursor; many
     times. Each time what comes is the state as of the commit_id in the end, with every number of every value."""

@@ -133,7 +133,8 @@ class Transport:
         self._arrived: list[Letter] = []  # since the last turn, on the loop's thread, with a driver
         self._arrived_batches = 0  # of clients
         self._turn_due = False
-        self._passes = PassSelector(self._end_pass)
+        self._passes: PassSelector
+        """Of the loop that runs, or ran last."""
         self._round_began: float | None = None
         self._later: dict[Connection, None] = {}  # a set that keeps its order
         self._let_go = 0
@@ -181,10 +182,14 @@ class Transport:
         """Listen until `stop` is called, or SIGTERM or SIGINT comes (in the main thread); then finish what is under
         way and return. Raises ConfigError when the address can't be listened on, and whatever ended the driver
         (StoreFailed, StoreDamaged): then the node must not go on."""
-        with asyncio.Runner(loop_factory=lambda: asyncio.SelectorEventLoop(self._passes)) as runner:
+        with asyncio.Runner(loop_factory=self._new_loop) as runner:
             runner.run(self._serve())
         if self._failure is not None:
             raise self._failure
+
+    def _new_loop(self) -> asyncio.AbstractEventLoop:
+        self._passes = PassSelector(self._end_pass)
+        return asyncio.SelectorEventLoop(self._passes)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()

@@ -207,6 +207,25 @@ def test_a_bad_address(plain: Callable[..., Transport]) -> None:
         plain().hello()
 
 
+def test_serving_can_be_tried_again() -> None:
+    """Somebody else listens on the address, and stops: the same transport serves then. Until it does, it has no file
+    open: whoever only asks others needs no loop."""
+    (address,) = free_addresses(1)
+    host, port = address.split(":")
+    open_before = len(list(Path("/proc/self/fd").iterdir()))
+    transport = Transport(address, 1, queue.Queue())
+    assert len(list(Path("/proc/self/fd").iterdir())) == open_before
+    with contextlib.closing(socket.create_server((host, int(port)))), pytest.raises(ConfigError):
+        transport.serve()
+    thread = threading.Thread(target=transport.serve)
+    thread.start()
+    try:
+        until(lambda: transport.is_serving, "it serves")
+    finally:
+        transport.close()
+        thread.join()
+
+
 def test_the_codec(plain: Callable[..., Transport]) -> None:
     """published interface: `decode_json` and `encode_json` are each other's inverse; whatever is no JSON object is our
     protocol error, never one of a library."""

@@ -280,6 +280,7 @@ class Invariants:
         if raft.journal.has_unwritten:
             sent = {peer: progress.next - 1 for peer, progress in raft.progress.items()}
             assert raft.is_leader, f"only a leader has entries that are not on its disk: {name} ends with {disk.last}"
+            assert sent, f"only a leader of others may write later: the disk of {name} has {disk.last}"
             assert max(sent.values()) <= written, f"what was sent is on disk: {name} has sent {sent}, written {written}"
         assert raft.journal.base == disk.base, (
             f"memory equals disk: the log of {name} begins after {raft.journal.base}, on disk after {disk.base}"

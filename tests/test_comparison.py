@@ -138,15 +138,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
             for key in meanwhile:
                 acknowledged[client.put(key, 1)["commit_id"]] = key
         cluster.await_caught_up(max(acknowledged), others)
-
-        def are_written() -> bool:  # effects follow a moment later
-            found = []
-            for node in others:
-                with Directory(node.volume, 1 << 36) as opened:
-                    found.append(opened.facts.commit_id)
-            return min(found) >= max(acknowledged)
-
-        wait_until(are_written, "the disks have it as committed", explain=cluster.describe)
+        cluster.await_written(max(acknowledged), others)
         cluster.kill()
         addresses = {"loner": leader.address, "first": first.address, "second": second.address}
         for name, node in (("loner", leader), ("first", first), ("second", second)):

@@ -44,6 +44,7 @@ from raftnode.blocking import LineConnection
 from raftnode.client import Client
 from raftnode.config import DEFAULT_NAMESPACE, ENVIRONMENT, Settings, parse_address
 from raftnode.errors import NotCommitted, ProtocolError, Unavailable, error_for
+from raftnode.inspection import Directory
 from raftnode.messages import decode_object, encode_object
 from raftnode.testing.proxy import Proxy
 
@@ -613,6 +614,20 @@ class ClusterOfProcesses:
             return status is not None and status["commit_id"] >= upto
 
         wait_until(has_it, f"{node.name} has committed {upto}", timeout, self.describe)
+
+    def await_written(self, commit_id: int, nodes: Iterable[NodeProcess] | None = None) -> None:
+        """Wait until what the disks of these nodes (default: all) call committed goes up to `commit_id`. It follows a
+        moment after the commit: an acknowledged write is on a majority's disks as an entry of the log."""
+        directories = [node.volume for node in (self.nodes if nodes is None else nodes)]
+
+        def are_written() -> bool:
+            for directory in directories:
+                with Directory(directory, 1 << 36) as opened:
+                    if (opened.committed or 0) < commit_id:
+                        return False
+            return True
+
+        wait_until(are_written, f"the disks have {commit_id} as committed", explain=self.describe)
 
     def term(self) -> int:
         """The highest term that any node is in; 0 when none answers."""

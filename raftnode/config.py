@@ -96,6 +96,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """Pause between two tries to reach another member; grows to `reconnect_high_ms`."""
     reconnect_high_ms: int = 1000
 
+    poll_us: int = 200
+    """While messages follow each other faster than this, a node that waits for the next one does not sleep, but looks
+    again and again. 1 turns it off: then a lone client's requests take longer."""
+
     # --- store ---
     map_bytes: int = 64 * GIB
     """LMDB's map: an upper bound of the file, reserved as addresses only. Readers of the file must use at least it."""
@@ -155,6 +159,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _DEFAULTS = Settings()
+_UNITS = {"ms": "milliseconds", "us": "microseconds", "bytes": "bytes"}
 _TIMES = {"HB_TIME": "heartbeat_ms", "LOW_TIMEOUT": "election_low_ms", "HIGH_TIMEOUT": "election_high_ms"}
 ENVIRONMENT = {**{f"RAFTNODE_{name.upper()}": name for name in Settings.__struct_fields__}, **_TIMES}
 """What sets which setting: `RAFTNODE_` and its name; and three older names, which count if both are there."""
@@ -171,7 +176,7 @@ def from_environment(environ: Mapping[str, str] = os.environ, **overrides: int) 
         text = environ.get(variable, "").strip()
         if text:
             if not (text.isascii() and text.isdigit() and len(text) < 17):
-                unit = "milliseconds" if name.endswith("_ms") else "bytes" if name.endswith("_bytes") else ""
+                unit = _UNITS.get(name.rpartition("_")[2])
                 raise ConfigError(f"{variable} is {text!r}: it must be a whole number{unit and f' of {unit}'}")
             values[name] = int(text)
     for name, value in overrides.items():

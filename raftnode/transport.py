@@ -188,7 +188,7 @@ class Transport:
             raise self._failure
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:
-        self._passes = PassSelector(self._end_pass)
+        self._passes = PassSelector(self._end_pass, self.settings.poll_us / 1_000_000)
         return asyncio.SelectorEventLoop(self._passes)
 
     async def _serve(self) -> None:

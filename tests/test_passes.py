@@ -1,4 +1,5 @@
-"""The end of a pass of the loop: behind the last of all that was ready, and always before the loop waits."""
+"""The passes of the loop. Each has its end behind the last of all that was ready, and always before the loop waits; and
+it waits without sleep where the next is near."""
 
 from __future__ import annotations
 
@@ -20,7 +21,7 @@ class Noting(PassSelector):
     """Notes when the system is asked for what is ready."""
 
     def __init__(self, events: list[str]) -> None:
-        super().__init__(lambda: events.append("end"))
+        super().__init__(lambda: events.append("end"), poll_s=0.0002)
         self.events = events
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
@@ -118,3 +119,77 @@ def test_the_end_is_asked_for_when_nothing_is_read(stage: Stage) -> None:
     assert stage.events.count("end") == 1
     stage.loop.call_soon_threadsafe(stage.passes.end_soon)
     stage.run_until(lambda: stage.events.count("end") == 2)
+
+
+# --- how it waits ---------------------------------------------------------------------------------------------
+
+
+class Near:
+    """A selector with a socket, at a clock of its own. The socket is ready when `ready_in` seconds have passed, of
+    which each look takes 10 us; a sleep takes as long as it must. `looks` are the timeouts with which the system was
+    asked, one list for each wait."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        self.ready_at = 0.0
+        self.looks: list[list[float | None]] = []
+        self.passes = PassSelector(lambda: None, poll_s=0.0002, clock=lambda: self.now)
+        monkeypatch.setattr(selectors.DefaultSelector, "select", lambda _passes, timeout: self.look(timeout))
+
+    def look(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+        self.looks[-1].append(timeout)
+        self.now += 1e-5
+        if timeout != 0:
+            self.now = max(self.now, min(self.ready_at, self.now + (timeout or 1e9)))
+        key = selectors.SelectorKey(0, 0, selectors.EVENT_READ, None)
+        return [(key, selectors.EVENT_READ)] if self.now >= self.ready_at else []
+
+    def wait(self, ready_in: float, timeout: float | None = None) -> bool:
+        """Wait once; whether the socket was ready at the end."""
+        self.ready_at = self.now + ready_in
+        self.looks.append([])
+        return bool(self.passes.select(timeout))
+
+    def slept(self) -> bool:
+        """... in the last wait."""
+        return self.looks[-1][-1] != 0
+
+
+def test_it_sleeps_until_what_comes_is_near(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It sleeps until something was ready within the time. From then on it looks again and again. The first time in
+    vain, it looks no longer than the time, and sleeps from then on."""
+    near = Near(monkeypatch)
+    assert near.wait(0.0001)
+    assert near.slept(), "what came first could not be known to be near"
+    for _ in range(3):
+        assert near.wait(0.0001)
+        assert not near.slept()
+    assert near.wait(1.0)
+    assert near.slept()
+    assert 2 < len(near.looks[-1]) <= 22, "looked for 0.2 ms, in steps of 0.01, then slept"
+    assert near.wait(1.0)
+    assert near.looks[-1] == [0, None], "one look, then sleep"
+
+
+def test_what_is_ready_at_once_takes_one_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it is busy there is no time to be lost: a socket that is ready is found by the first look, without the
+    clock being read."""
+    near = Near(monkeypatch)
+    monkeypatch.setattr(near.passes, "_clock", lambda: pytest.fail("the clock was read"))
+    for _ in range(3):
+        assert near.wait(0.0)
+        assert near.looks[-1] == [0]
+
+
+def test_a_pass_that_may_not_wait_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """asyncio asks with no time while it has callbacks to call, and with little when a timer is due: then one look must
+    do, or a sleep of that time, however near the next one may be."""
+    near = Near(monkeypatch)
+    near.wait(0.0001)
+    assert not near.wait(0.0001, timeout=0)
+    assert near.looks[-1] == [0]
+    assert not near.wait(1.0, timeout=0.0001)
+    assert near.looks[-1] == [0, 0.0001]
+    near.wait(0.0001)
+    assert not near.wait(1.0, timeout=0.5), "looked in vain, slept in vain: it returns for the timer"
+    assert near.looks[-1][-1] == 0.5

@@ -3,7 +3,7 @@
 The list is `planted_faults.toml`, what applies it `tools/planted.py`. Here it is asked that the list fits the source as
 it is, that it breaks every rule, and that what is said to find a fault does; all of it takes minutes:
 
-    pytest -m long tests/test_planted_faults.py
+    pytest -m long -n 0 tests/test_planted_faults.py
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ class Wire(asyncio.BufferedProtocol):
 
     def buffer_updated(self, nbytes: int) -> None:
         self.data_received(bytes(self.owner.read_buffer[:nbytes]))
-        self.owner.has_read()
+        self.owner.passes.has_read()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come."""
@@ -180,17 +180,17 @@ class Connection(Wire):
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
             return  # a stranger that was refused goes on talking
-        if self._has_time:
-            self._take(data)
+        now = self.owner.now()
+        if self._has_time(now):
+            self._take(data, now)
             self._pump()
         else:
             self._unread += data
             self._pump_soon()
             self._read_on(False)
 
-    def _take(self, data: bytes) -> None:
+    def _take(self, data: bytes, now: float) -> None:
         frames = self.framer.feed(data)
-        now = self.owner.now()
         if frames:
             self.last_frame_at = now
             self._backlog.extend(frames)
@@ -200,15 +200,14 @@ class Connection(Wire):
         elif frames or self.begun_at is None:
             self.begun_at = now
 
-    @property
-    def _has_time(self) -> bool:
+    def _has_time(self, now: float) -> bool:
         """What members say does not wait for its turn behind clients; their windows bound it."""
-        return self.peer is not None or self.owner.has_time()
+        return self.peer is not None or self.owner.has_time(now)
 
     def _take_unread(self) -> None:
         data, self._unread = self._unread, b""
         if data and not self._is_closing:
-            self._take(data)
+            self._take(data, self.owner.now())
 
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
@@ -240,14 +239,11 @@ class Connection(Wire):
         while backlog and not self.is_full and self._under_way < limit:
             item = backlog.popleft()
             if not isinstance(item, _OPENED):
-                if decoded and (decoded >= _MOST_AT_ONCE or not self._has_time):
+                if decoded and (decoded >= _MOST_AT_ONCE or not self._has_time(owner.now())):
                     backlog.appendleft(item)
                     self._pump_soon()
                     break
-                if isinstance(item, bytes):
-                    opened, cost = self._decode(item, self.framer.lines_only)
-                else:
-                    opened, cost = self._open(item)
+                opened, cost = self._decode(item, self.framer.lines_only) if type(item) is bytes else self._open(item)
                 decoded += cost
                 if opened is None:
                     continue  # what came of it is at the front of the backlog
@@ -256,15 +252,15 @@ class Connection(Wire):
                 backlog.appendleft(item)
                 break
             if isinstance(item, _Refused):
-                self._send_soon(item.answer)
+                self.send(item.answer)
             elif type(item.message) is Get and (answer := owner.answer_at_once(item, item.message)) is not None:
                 answer.id = item.message.id
-                self._send_soon(answer)
+                self.send(answer)
             elif owner.has_memory_for(item.size, self._under_way_bytes) or self._may_not_be_refused(item):
                 self._begin(item)
                 ready.append(item)
             else:
-                self._send_soon(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
+                self.send(failure(item.message.name, "overloaded", "too much waits at this node", item.id))
         if backlog and owner.is_full:
             self._pump_soon()
         if ready:
@@ -412,11 +408,6 @@ class Connection(Wire):
             self._backlog.appendleft(arrival)
             self._pump_soon()
 
-    def _send_soon(self, answer: Answer) -> None:
-        """Send what no turn of the driver is going to flush."""
-        self.send(answer)
-        self.owner.end_pass_soon()
-
     def flush(self) -> None:
         super().flush()
         if self._backlog:
@@ -448,7 +439,8 @@ class Connection(Wire):
     def refuse_surplus(self) -> None:
         """This node has as many connections as it takes."""
         why = "this node has as many connections as it takes; try another node"
-        self._send_soon(failure("error", "overloaded", why))
+        self.send(failure("error", "overloaded", why))
+        self.owner.end_pass_soon()
         self.is_surplus = False
         self._backlog.clear()
         self.close_after_answer()

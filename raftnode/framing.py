@@ -180,7 +180,7 @@ class Framer:
             self._skipping = False
             line = b""
         if self.pending:
-            line = bytes(self.pending) + line
+            line = b"".join((self.pending, line))
             self._clear()
         if len(line) > self.limit:
             frames.append(TOO_LONG)

@@ -93,8 +93,9 @@ class Record(Struct, frozen=True):
 def pack_record(key: bytes, record: Record) -> bytes:
     """A committed value as it is stored under `key`."""
     header = _value_header.pack(record.created, record.modified, record.version, record.lease)
-    body = b"".join((header, memoryview(record.value)))
-    return _checksum.pack(zlib.crc32(body, zlib.crc32(key))) + body
+    value = memoryview(record.value)
+    checksum = zlib.crc32(value, zlib.crc32(header, zlib.crc32(key)))
+    return b"".join((_checksum.pack(checksum), header, value))
 
 
 def unpack_record(key: bytes, stored: bytes) -> Record:

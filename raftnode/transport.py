@@ -126,6 +126,8 @@ class Transport:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._connections: set[Connection] = set()
+        self.passes: PassSelector
+        """Of the loop that runs, or ran last: told by a connection or link that has taken what there was to read."""
         self.links: dict[str, Link] = {}
         """The open links by member; a link enters itself when it is connected and leaves when it ends."""
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -133,8 +135,6 @@ class Transport:
         self._arrived: list[Letter] = []  # since the last turn, on the loop's thread, with a driver
         self._arrived_batches = 0  # of clients
         self._turn_due = False
-        self._passes: PassSelector
-        """Of the loop that runs, or ran last."""
         self._round_began: float | None = None
         self._later: dict[Connection, None] = {}  # a set that keeps its order
         self._let_go = 0
@@ -188,8 +188,8 @@ class Transport:
             raise self._failure
 
     def _new_loop(self) -> asyncio.AbstractEventLoop:
-        self._passes = PassSelector(self._end_pass, self.settings.poll_us / 1_000_000)
-        return asyncio.SelectorEventLoop(self._passes)
+        self.passes = PassSelector(self._end_pass, self.settings.poll_us / 1_000_000)
+        return asyncio.SelectorEventLoop(self.passes)
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -300,10 +300,11 @@ class Transport:
             self._refuse(letters)
 
     def deliver_on_loop(self, letters: list[Letter], limited: bool) -> None:
-        """As `deliver`, on the loop's thread: for a driver, what comes between two turns is put into the mailbox
-        together, when the turn begins."""
+        """As `deliver`, on the loop's thread, before the end of a pass, in which what has collected is written: for a
+        driver, what comes between two turns is put into the mailbox together, when the turn begins."""
         if self._driver is None:
             self.deliver(letters, limited)
+            self.end_pass_soon()
         elif limited and 0 < self.queue.maxsize <= self._arrived_batches:
             self._refuse(letters)
         else:
@@ -352,11 +353,7 @@ class Transport:
     def _schedule(self) -> None:
         if self._driver is not None and not self._turn_due and self._loop is not None:
             self._turn_due = True
-            self._passes.end_soon()
-
-    def has_read(self) -> None:
-        """A connection or link has taken what there was to read."""
-        self._passes.has_read()
+            self.passes.end_soon()
 
     def _end_pass(self) -> None:
         """All that was ready has been read: take a turn if there is something for it, write the answers that needed
@@ -398,7 +395,7 @@ class Transport:
         """See that what has collected is written, and that there is time again, when all that is ready has been read:
         for what is not followed by a turn. On the loop's thread; nothing happens while there is no loop."""
         if self._loop is not None:
-            self._passes.end_soon()
+            self.passes.end_soon()
 
     def flush(self) -> None:
         """Write every batch that has collected. Those for members come first: their disks have work to do while clients
@@ -409,10 +406,9 @@ class Transport:
         while self.unflushed:
             self.unflushed.pop().flush()
 
-    def has_time(self) -> bool:
+    def has_time(self, now: float) -> bool:
         """False once half a heartbeat has gone by since the first that clients have sent in this pass. The rest is for
-        later, so that turns come between, whatever clients send."""
-        now = self.now()
+        later, so that turns come between, whatever clients send. `now`: monotonic seconds."""
         if self._round_began is None:
             self._round_began = now
         return now - self._round_began < self.settings.heartbeat_ms / 2000
@@ -420,16 +416,16 @@ class Transport:
     def go_on_later(self, connection: Connection) -> None:
         """Let a connection go on at the end of the pass; first come, first served."""
         self._later[connection] = None
-        self._passes.end_soon()
+        self.passes.end_soon()
 
     def _let_go_on(self) -> None:
         for connection in list(self._later):
-            if not self.has_time():
+            if not self.has_time(self.now()):
                 break
             del self._later[connection]
             connection.go_on()
         if self._later:
-            self._passes.end_soon()
+            self.passes.end_soon()
 
     async def _sweep(self) -> None:
         """Once a second: end connections that stall, are idle for too long, or links that nobody answers on."""

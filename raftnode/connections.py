@@ -243,7 +243,7 @@ class Connection(Wire):
                     backlog.appendleft(item)
                     self._pump_soon()
                     break
-                opened, cost = self._decode(item, self.framer.lines_only) if type(item) is bytes else self._open(item)
+                opened, cost = self._open(item)
                 decoded += cost
                 if opened is None:
                     continue  # what came of it is at the front of the backlog
@@ -289,9 +289,11 @@ class Connection(Wire):
             self._take_unread()
             self._pump()
 
-    def _open(self, item: TooLong | _Line) -> tuple[Arrival | _Refused | None, int]:
+    def _open(self, item: Frame | _Line) -> tuple[Arrival | _Refused | None, int]:
         """What a frame holds: a request, or a refusal. None when it may be several, or more has to be looked at first:
         what is left of it stands at the front of the backlog then. And what that has cost, in frames."""
+        if isinstance(item, bytes):
+            return self._decode(item, self.framer.lines_only)
         if isinstance(item, _Line):
             return self._part(item)
         why = f"a message of more than {self.framer.limit} bytes; the rest of its line is dropped"

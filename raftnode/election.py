@@ -182,7 +182,7 @@ class Election:
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
         self._memberships = store.journal.memberships
-        self._flushing.take_turns(self.me, self.raft.membership.addresses, is_leader=False)
+        self._flushing.take_turns(self.me, self.raft.membership.addresses, leader=None)
         self._linked_leader: str | None = None
         self._complaint = ""
         self._successor: str | None = None
@@ -268,7 +268,7 @@ class Election:
         if now[-1] is before[-1] and now[0] is before[0] and leader == self._linked_leader:
             return
         self._memberships, self._linked_leader = now, leader
-        self._flushing.take_turns(self.me, now[-1].addresses, self.raft.is_leader)
+        self._flushing.take_turns(self.me, now[-1].addresses, leader)
         peers = {address for members in now for address in members.addresses} | {leader or self.me}
         if set(self.transport.peers) != (peers := peers - {self.me}):
             self.transport.set_peers(sorted(peers))

@@ -6,7 +6,8 @@ But a member that writes many is slow for a moment. So
 
     a leader    takes them along with its next entries, while the others write theirs: all clients wait for it
     a follower  collects more, and writes them when it has acknowledged its entries: nobody waits for it then
-    everyone    does it at entries of its own, so that all the others, and so a majority, are not slow at that time
+    everyone    does it at entries of its own, so that a majority is not slow at that time; the followers begin when
+                the leader is done, and are done before its next time
 
 and when few come, they wait only for a moment, so that who looks at the directory sees them.
 """
@@ -25,6 +26,9 @@ _FEW: Final = 8
 """So small a part of `flush_entries` is little: it waits no longer than `flush_delay_ms` ..."""
 _BUSY: Final = 5
 """... and more than that, so many times as long."""
+_AFTER: Final = 8
+"""A follower begins this part of `flush_entries` after the leader. Without it the p99 of 100 clients is 27 ms, with it
+22: a leader whose time comes while a follower writes has only the other one, and finds the disk busy."""
 _NEVER: Final = float("inf")
 
 
@@ -37,14 +41,19 @@ class Flushing:
         self._bytes = min(settings.flush_bytes, settings.reserve_bytes // 8)  # there must be room for them
         self._delay = settings.flush_delay_ms / 1000
         self._is_leader = False
-        self._step, self._offset = self._entries, 0
+        self._step, self._first = self._entries, 0
         self._since: float | None = None  # when the oldest that waits was seen
 
-    def take_turns(self, me: str, members: Sequence[str], is_leader: bool) -> None:
-        """Find this member's own entries to do it at: its place among the members decides."""
-        self._is_leader = is_leader
-        self._step = self._entries * (1 if is_leader else _FOLLOWERS)
-        self._offset = self._step * members.index(me) // len(members) if me in members else 0
+    def take_turns(self, me: str, members: Sequence[str], leader: str | None) -> None:
+        """Find this member's own entries to do it at: the leader has the multiples of `flush_entries`, and each
+        follower one of four, a little later."""
+        self._is_leader = me == leader
+        followers = [member for member in members if member != leader]
+        if me in followers:
+            turn = _FOLLOWERS * followers.index(me) // len(followers)
+            self._step, self._first = _FOLLOWERS * self._entries, turn * self._entries + self._entries // _AFTER
+        else:
+            self._step, self._first = self._entries, 0
 
     def goes_along(self) -> bool:
         """True when a leader's next transaction should take them along."""
@@ -74,8 +83,8 @@ class Flushing:
 
     def _are_many(self) -> bool:
         """Once in so many entries, or when commands of so many bytes have collected."""
-        store, step, offset = self._store, self._step, self._offset
-        is_past = (store.commit_id + offset) // step > (store.commit_id_on_disk + offset) // step
+        store, step, first = self._store, self._step, self._first
+        is_past = (store.commit_id - first) // step > (store.commit_id_on_disk - first) // step
         return is_past or store.waiting_bytes >= self._bytes
 
     def _late_at(self, since: float) -> float:

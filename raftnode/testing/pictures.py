@@ -9,6 +9,8 @@ from typing import Any, Final
 from raftnode.testing.results import FailoverResult, IdleResult, JoinResult, LoadResult, RestartResult, Run, point_of
 
 _PANEL_INCHES: Final = (8.0, 4.5)
+_POINT_INCHES: Final = 0.9
+"""A panel is wider than that when it has many points: so much takes the name of one, "get-local"."""
 
 
 class NoMatplotlib(Exception):
@@ -41,6 +43,7 @@ def draw(run: Run, file: Path) -> None:
     if not panels:
         raise ValueError("nothing was measured")
     width, height = _PANEL_INCHES
+    width = max(width, _POINT_INCHES * len(set(_points(run.loads))))
     figure = require_matplotlib()(figsize=(width, height * len(panels)), layout="constrained")
     for panel, axes in zip(panels, figure.subplots(len(panels), squeeze=False)[:, 0], strict=True):
         panel(axes)

@@ -108,8 +108,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     down to half of it."""
     room_check_ms: int = 200
     """How often room is looked at; it is looked at sooner when much has been written."""
-    flush_entries: int = 1024
-    """Effects of committed entries go to a leader's disk once in so many entries, to a follower's once in twice as
+    flush_entries: int = 512
+    """Effects of committed entries go to a leader's disk once in so many entries, to a follower's once in four times as
     many, so that a page which several of them change is written once; the members take turns. They are durable as log
     entries before that. More is faster, and takes a node longer at a time: see tools/bench.py."""
     flush_bytes: int = 4 * MIB

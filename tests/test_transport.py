@@ -23,7 +23,7 @@ import pytest
 from raftnode import RaftNode
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, RequestError, Unavailable
 from raftnode.mailbox import Arrival, drain
-from raftnode.messages import PROTOCOL_VERSION, Ping, Put
+from raftnode.messages import PROTOCOL_VERSION, Get, Ping, Put
 from raftnode.testing.processes import free_addresses
 from raftnode.testing.processes import wait_until as until
 from raftnode.transport import RECONNECT_TRIES, Transport
@@ -165,6 +165,15 @@ def test_a_plain_transport_answers_what_is_malformed(plain: Callable[..., Transp
         assert client.ask({"type": "dance"})["error"]["code"] == "unknown_type"
         assert client.ask({"type": "put", "value": 1})["error"]["code"] == "bad_request"
     assert transport.queue.empty()
+
+
+def test_a_plain_transport_answers_what_comes_together_with_a_request(plain: Callable[..., Transport]) -> None:
+    """A request and something malformed come in one packet: the one lies in the queue, the other is answered at once,
+    though nobody takes turns."""
+    transport = plain(serve=True)
+    with Line(transport.my_ip) as client:
+        assert client.ask(b'{"type":"get","key":"k","id":1}\n{"type":"dance","id":2}\n')["id"] == 2
+        assert [type(arrival.message) for arrival in drain(transport.queue)] == [Get]
 
 
 def test_a_full_queue_answers_overloaded(plain: Callable[..., Transport]) -> None:

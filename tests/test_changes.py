@@ -372,6 +372,21 @@ def test_removed_leader_leads_until_that_is_committed_and_hands_over() -> None:
     assert sorted(network[network.leader].raft.membership.voters) == ["2", "3"]
 
 
+def test_a_leader_that_is_a_learner_does_not_promote_itself() -> None:
+    """Who comes to lead by its old log may find itself a learner by the newest membership, as when it had lost its disk.
+    It leads until that is committed, makes no step for itself, and hands over; the next leader gives it its vote."""
+    network = by_themselves(led_by_1())
+    node = network["1"].raft.membership.node_of("1") or ""
+    network.change("1", lambda members: MembersCommand(voters={"2": "", "3": ""}, learners={"1": node}))
+    assert network["1"].raft.next_change() is None
+    network.run(2.0)
+    network.deliver()
+    assert network.leader in ("2", "3")
+    network.run(2.0)
+    network.deliver()
+    assert set(network[network.leader].raft.membership.voters) == {"1", "2", "3"}
+
+
 def test_leader_with_its_own_removal_alone_still_finishes_it() -> None:
     """Of two, 1 takes itself out and dies before anyone hears of it. It comes back: only it has the entry, so 2 can't
     be elected without its vote; it campaigns, does not count itself, and finishes what it began. (Thesis 4.2.2,

@@ -503,7 +503,7 @@ class Raft:
         if not self.is_leader or not (members.learners or members.replaces):
             return None
         self._meet_members()
-        heard = self._heard()
+        heard = self._heard() - {self.me}  # a leader may be a learner itself, until it hands over
         matches = {learner: self.progress[learner].match for learner in members.learners if learner in heard}
         caught_up = self._catching_up.caught_up(matches, self.commit_id, self._now)
         try:

@@ -373,11 +373,11 @@ def test_removed_leader_leads_until_that_is_committed_and_hands_over() -> None:
 
 
 def test_a_leader_that_is_a_learner_does_not_promote_itself() -> None:
-    """Who comes to lead by its old log may find itself a learner by the newest membership, as when it had lost its disk.
+    """Who comes to lead may find itself a learner by the newest membership, as when it had lost its disk.
     It leads until that is committed, makes no step for itself, and hands over; the next leader gives it its vote."""
     network = by_themselves(led_by_1())
     node = network["1"].raft.membership.node_of("1") or ""
-    network.change("1", lambda members: MembersCommand(voters={"2": "", "3": ""}, learners={"1": node}))
+    network.change("1", lambda _members: MembersCommand(voters={"2": "", "3": ""}, learners={"1": node}))
     assert network["1"].raft.next_change() is None
     network.run(2.0)
     network.deliver()

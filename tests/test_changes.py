@@ -22,6 +22,7 @@ from raftnode.consensus.membership import Membership
 from raftnode.consensus.raft import Raft
 from raftnode.consensus.witness import Witness, Witnesses
 from raftnode.messages import (
+    Data,
     DataAnswer,
     EntryId,
     MembersCommand,
@@ -496,6 +497,8 @@ def test_nothing_of_the_old_node_is_expected_of_the_new_one() -> None:
     assert witnesses.of("2") == Witness(8, node="id-x")
     again = Witnesses(witnesses.facts(), {"2": "id-y"}.get)
     assert again.of("2") == Witness()
+    again.spoke("3", 9)
+    assert "3" not in again.facts(), "no member: nobody knows which node that is"
 
 
 def test_what_led_last_is_not_said_of_the_node_that_came_in_its_place() -> None:
@@ -511,6 +514,39 @@ def test_what_led_last_is_not_said_of_the_node_that_came_in_its_place() -> None:
     network.deliver()
     for name in "23":
         assert network[name].raft.remember().of("1") == Witness()
+
+
+def test_nothing_is_remembered_of_who_is_no_member_yet() -> None:
+    """A follower that lags is led by a member that it does not know: its log does not tell yet which node that is. The
+    member loses its disk, and the follower catches up with that too: it must not say of the new node what the old one
+    has promised, as that one would stand aside for ever. (Found by the simulator.)"""
+    network = by_themselves(led_by_1())
+    known_nodes(network, {"1": "id-1", "2": "id-2", "3": "id-3"})
+    follower = network["3"].raft
+    network.isolate("3")
+    network.change("1", lambda members: added(members, "4", "id-4", is_silent=False))
+    network.join("4", network["1"].raft.membership)
+    network.cut("3", "4")
+    network.run_until(lambda: "4" in network["1"].raft.membership.voters)
+    network.run(0.5)
+    network.turn("1", lambda raft: raft.hand_over("4"))
+    network.run_until(lambda: network["4"].raft.is_leader)
+    network.heal()
+    network.advance(BEAT)
+    network.drop(source="4", target="3", kind=Data)
+    network.deliver()
+    assert follower.leader == "4"
+    assert follower.membership.node_of("4") is None
+    assert "4" not in follower.remember().facts()
+    network.run_until(lambda: follower.membership.node_of("4") == "id-4")
+    network.run(2 * BEAT)
+    assert follower.remember().of("4").term == network["4"].raft.term, "heard again, and known now"
+    network["4"].crash()
+    network.elect("1")
+    network.change("1", lambda members: readmitted(members, "4", "id-x"))
+    network.deliver()
+    assert follower.membership.node_of("4") == "id-x"
+    assert follower.remember().of("4") == Witness()
 
 
 # --- handing over -------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from raftnode import RaftNode, records
 from raftnode.blocking import LineConnection
 from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
+from raftnode.consensus.changes import removed
 from raftnode.consensus.raft import Raft
 from raftnode.consensus.witness import Witness, Witnesses
 from raftnode.errors import Unavailable
@@ -526,6 +527,23 @@ def test_a_leader_that_has_forgotten_steps_down() -> None:
     network.campaign("1")
     assert not network.select("1")
     assert raft.remember().of("1") == Witness(floor=EntryId(1, 9))
+
+
+def test_one_that_its_own_log_does_not_know_notices_too() -> None:
+    """The old copy is of a time when the member was taken out; it has come back since then, and promised more. What it
+    is reminded of it writes down, for a start that finds nobody who could remind it."""
+    network = Network(3)
+    network.elect("1")
+    network.change("1", lambda members: removed(members, "3"))
+    network.run(0.5)
+    old = network["2"].raft  # the log that all of them had then
+    raft = Raft("3", old.journal, old.ballot, old.commit_id, random.Random(1), Settings(), 0.0, node="id-3")
+    assert raft.membership.node_of("3") is None
+    assert not raft.remind(Witness(floor=EntryId(1, 9)))
+    facts = raft.remember().facts()
+    assert facts["3"] == Witness(floor=EntryId(1, 9), node="id-3")
+    again = Raft("3", old.journal, old.ballot, old.commit_id, random.Random(1), Settings(), 0.0, facts, "id-3")
+    assert again.has_forgotten
 
 
 # --- processes ------------------------------------------------------------------------------------------------

@@ -135,7 +135,7 @@ class Raft:
         """Commands that this leader has staged in its term and not handed out as committed."""
         self.complaint = ""
         """Why entries of the leader were refused last, in words, for the log; "" while all is well."""
-        self.witnesses = Witnesses(witnesses or {}, lambda member: self.membership.node_of(member))
+        self.witnesses = Witnesses(witnesses or {}, self._node_of)
         self.has_forgotten = not self.witnesses.of(me).is_kept(ballot, journal)
         """This member's disk lacks what it has promised (`witness`): it takes part in nothing, for good."""
         self.incoming = incoming or Incoming()
@@ -920,6 +920,11 @@ class Raft:
 
     def _is_news(self, position: int, known: EntryId) -> bool:
         return position > max(known.commit_id, self.journal.base.id.commit_id)
+
+    def _node_of(self, member: str) -> str | None:
+        """Which node has the promises that are made at this address; of itself this one knows that whatever the log
+        says, as it may be taken out or known as another."""
+        return self.node if member == self.me else self.membership.node_of(member)
 
     def remind(self, witness: Witness) -> bool:
         """Another member tells what this one has promised; false when it has forgotten that, or anything before."""

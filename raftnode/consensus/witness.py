@@ -112,7 +112,7 @@ class Witnesses:
     """What this member remembers, by address: of the node that is the member there now."""
 
     def __init__(self, known: Mapping[str, Witness], node_of: Callable[[str], str | None] = lambda _member: "") -> None:
-        """`node_of` tells which node is the member at an address; "" or None while that is not known."""
+        """`node_of` tells which node is the member at an address: "" while its id is not known, None for no member."""
         self._known = dict(known)
         self._node_of = node_of
 
@@ -127,8 +127,11 @@ class Witnesses:
             self.add(member, Witness(term))
 
     def add(self, member: str, witness: Witness) -> None:
-        """Remember more of `member`."""
-        known, node = self.of(member).joined(witness), self._node_of(member) or ""
+        """Remember more of `member`; nothing of who is none. That may be a leader, for one who lags: what it promised
+        would be taken for a promise of whichever node is at its address when the log tells."""
+        if (node := self._node_of(member)) is None:
+            return
+        known = self.of(member).joined(witness)
         self._known[member] = known if known.node == node or not node else msgspec.structs.replace(known, node=node)
 
     def facts(self) -> dict[str, Witness]:

@@ -31,6 +31,7 @@ from raftnode.messages import (
     DeleteCommand,
     Entry,
     EntryId,
+    Heartbeat,
     HeartbeatAnswer,
     PutCommand,
     Snapshot,
@@ -252,6 +253,17 @@ def test_a_second_chunk_in_one_turn_has_to_wait() -> None:
     ready = turn(raft)
     assert [(ticket, answer.reason) for ticket, answer in ready.answers] == [("second", "busy")]
     assert raft.incoming.transfer == 1
+
+
+def test_a_chunk_is_acknowledged_in_the_term_it_was_taken_in() -> None:
+    """A leader of a later term is heard in the same turn, before the chunk is written: the answer is to the leader that
+    sent the chunk, and not a promise in a term which that one does not lead. (Found by the simulator.)"""
+    raft = member("2", 0, 1)
+    raft.step("t", chunk(1))
+    raft.step("h", Heartbeat(term=6, leader="3", commit_id=0))
+    found = answers(raft, turn(raft))
+    assert raft.term == 6
+    assert [(answer.seq, answer.term) for answer in found if isinstance(answer, SnapshotAnswer)] == [(1, 5)]
 
 
 def test_the_last_chunk_installs() -> None:

@@ -735,7 +735,8 @@ class Raft:
         self._out.promises.append((ticket, self._taken(message, match)))
 
     def _taken(self, message: Snapshot, match: int = 0) -> SnapshotAnswer:
-        return SnapshotAnswer(data=True, term=self.term, transfer=message.transfer, seq=message.seq, match=match)
+        """In the term of the leader that sent it: this node may have gone on to a later one before it was written."""
+        return SnapshotAnswer(data=True, term=message.term, transfer=message.transfer, seq=message.seq, match=match)
 
     def refuse_snapshot(self, ticket: Ticket, message: Snapshot, reason: SnapshotReason) -> None:
         """The driver has no room for this chunk, or found it damaged: the leader is heard, the chunk is not taken."""

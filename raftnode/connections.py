@@ -536,6 +536,6 @@ class Link(Wire):
             self.owner.live.discard(self.peer)
         forwarded = [arrival for _, arrival in self._waiting.values() if arrival is not None]
         self._waiting.clear()
-        self.owner.deliver_from_link([Cut(self.peer, self, forwarded)])
+        self.owner.deliver_from_link([Cut(self.peer, self, forwarded=forwarded)])
         if not self.ended.done():
             self.ended.set_result(None)

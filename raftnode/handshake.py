@@ -104,10 +104,10 @@ class Handshake:
             return
 
         def welcome() -> None:
+            connection.become_link_of(hello.address, hello.link)
             if hello.link:
                 self._transport.replace_connection(connection, hello.address)
                 self._links_to_us[hello.address] = _Guest(connection, hello.node, hello.membership)
-            connection.become_link_of(hello.address, hello.link)
             cluster = str(self._store.cluster_id)
             self._raft.remember()
             reminder = self._reminder_for(hello.address)
@@ -150,17 +150,19 @@ class Handshake:
     def on_greeting(self, greeting: Greeting) -> None:
         """The other end of our link says who it is."""
         link, peer, answer = greeting.link, greeting.link.peer, greeting.answer
+        known = self._raft.membership.node_of(peer)
         if answer.error is not UNSET:
             problem: tuple[str, str] | None = (answer.error.code, answer.error.message)
             self._note_told(answer.error.code, peer, answer.membership, answer.known_as)
-            known = self._raft.membership.node_of(peer)
-            if answer.error.code == "wrong_node" and answer.node and known not in (None, answer.node):
-                self._returned[peer] = answer.node  # it need not know us, and so would not come by itself
+            has_returned = answer.error.code == "wrong_node"  # it need not know us, and so would not come by itself
         else:
             problem = self._problem_with(answer.cluster, peer, answer.node, PROTOCOL_VERSION)
-            if problem is None and self._raft.membership.node_of(peer) not in ("", answer.node):
+            has_returned = problem is None  # nor would one that goes by its readmission, which was cut elsewhere
+            if problem is None and known not in ("", answer.node):
                 problem = self._why_not_welcome(peer, answer.node)
             problem = problem or self._forgotten(answer.reminder)
+        if has_returned and answer.node and known not in (None, "", answer.node):
+            self._returned[peer] = answer.node
         if problem is not None:
             self.note_refusal(peer, *problem)
             link.cut()
@@ -178,7 +180,8 @@ class Handshake:
     def on_cut(self, cut: Cut) -> None:
         """A connection to or from a member has ended."""
         if cut.link is None:
-            self._links_to_us.pop(cut.peer, None)
+            if cut.peer in self._links_to_us and self._links_to_us[cut.peer].end is cut.end:
+                del self._links_to_us[cut.peer]
         elif cut.peer in self._links and self._links[cut.peer][0] is cut.link:
             del self._links[cut.peer]
             self._log.info("peer_lost", peer=cut.peer)

@@ -123,6 +123,8 @@ class Cut:
     peer: str
     link: LinkEnd | None = None
     """The link, when it was ours."""
+    end: MemberEnd | None = None
+    """The connection, when it was the member's link to us."""
     forwarded: list[Arrival] = field(default_factory=list)
     """Requests of clients that were under way on it."""
 

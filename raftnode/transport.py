@@ -501,7 +501,7 @@ class Transport:
         self.note_held(connection, 0)
         if connection.is_link and not any(c.is_link and c.peer == connection.peer for c in self._connections):
             assert connection.peer is not None, "a link is a member's"
-            self.deliver_on_loop([Cut(connection.peer)], limited=False)
+            self.deliver_on_loop([Cut(connection.peer, end=connection)], limited=False)
 
     def replace_connection(self, connection: MemberEnd, peer: str) -> None:
         """A member has opened a new link: an older one of its is closed first (TRAPS 36)."""

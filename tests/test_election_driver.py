@@ -56,6 +56,7 @@ from raftnode.messages import (
     GetAnswer,
     Heartbeat,
     HeartbeatAnswer,
+    Hello,
     Noop,
     Ping,
     Put,
@@ -112,6 +113,16 @@ class Asker:
 
     def defer(self, arrival: Arrival) -> None:  # noqa: ARG002
         raise AssertionError("nobody here is full")
+
+    def become_link_of(self, peer: str, is_link: bool) -> None:
+        assert is_link
+        self.peer = peer
+
+    def close_after_answer(self) -> None:
+        raise AssertionError("nobody here is refused")
+
+    def cut(self) -> None:
+        raise AssertionError("the transport ends connections")
 
     @property
     def only(self) -> Any:
@@ -1085,6 +1096,26 @@ def test_other_refusals_of_the_leader_are_the_clients(bench: Bench, code: str) -
     bench.say(B, failure("put", code, "in words"), bench.transport.passed_on[0])
     bench.turn()
     assert (write.code, write.only.error.message) == (code, "in words")
+
+
+def test_the_end_of_an_older_link_says_nothing_of_the_newer(bench: Bench) -> None:
+    """A member opens its link again; the end of the old one is told later. The new one is its link: what comes over it
+    is the member's own word, which is remembered (`consensus.witness`). (Found by the simulator.)"""
+    hello = Hello(cluster=str(bench.store.cluster_id), node="id-b", address=B)
+    older, newer = bench.ask(hello, "older"), bench.ask(hello, "newer")
+    bench.turn()
+    assert older.only.data
+    assert newer.only.data
+    bench.letter(Cut(B, end=older))
+    bench.letter(Arrival(Heartbeat(term=1, leader=B, commit_id=0), newer))
+    bench.turn()
+    assert bench.raft.leader == B
+    assert bench.raft.witnesses.of(B).term == 1
+    bench.letter(Cut(B, end=newer))
+    bench.letter(Arrival(Heartbeat(term=2, leader=B, commit_id=0), newer))
+    bench.turn()
+    assert bench.raft.term == 2
+    assert bench.raft.witnesses.of(B).term == 1, "who is not linked is not taken for the member"
 
 
 def test_the_link_to_the_leader_is_cut(bench: Bench) -> None:

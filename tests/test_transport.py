@@ -12,6 +12,7 @@ import json
 import logging
 import queue
 import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -637,6 +638,85 @@ def test_a_member_under_another_id(start: Callable[..., RaftNode]) -> None:
     node = start(me, [peer, third], **CALM)
     with Line(me) as wrong:
         assert wrong.ask(hello(node, "wrong", peer))["error"]["code"] == "wrong_node"
+
+
+class Impostor(socketserver.StreamRequestHandler):
+    """A member that only says hello: as the node that its server is just now, by the membership that it names."""
+
+    def handle(self) -> None:
+        assert isinstance(self.server, ImpostorServer)
+        for line in self.rfile:
+            message = json.loads(line)
+            if message["type"] == "hello":
+                answer = {"type": "hello", "id": message["id"], "data": True, "cluster": message["cluster"]}
+                self.wfile.write(json.dumps({**answer, **self.server.says}).encode() + b"\n")
+
+
+class ImpostorServer(socketserver.ThreadingTCPServer):
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Impostor)
+        host, port = self.server_address[:2]
+        self.address = f"{host!s}:{port}"
+        self.says: dict[str, Any] = {"address": self.address}
+
+
+@pytest.fixture
+def served(start: Callable[..., RaftNode]) -> Iterator[tuple[RaftNode, ImpostorServer]]:
+    """The leader of three, and the third of them, which is the node "old" and only says hello."""
+    with ImpostorServer() as server, contextlib.ExitStack() as stack:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        stack.callback(thread.join, PATIENCE)
+        stack.callback(server.shutdown)
+        server.says |= {"node": "old", "membership": {"term": 0, "commit_id": 0}}
+        members = [*free_addresses(2), server.address]
+        nodes = [start(me, [a for a in members if a != me], stall_timeout_ms=300, **FAST) for me in members[:2]]
+        until(lambda: serves(nodes[0]), "two of three serve")
+        (leader,) = (node for node in nodes if status(node)["role"] == "leader")
+        until(lambda: known(leader, server.address)["node"] == "old", "its id is known")
+        yield leader, server
+
+
+def status(node: RaftNode) -> dict[str, Any]:
+    with Line(node.my_ip) as line:
+        found: dict[str, Any] = line.ask({"type": "status"})["data"]
+        return found
+
+
+def known(node: RaftNode, address: str) -> dict[str, Any]:
+    """What a node tells of a member."""
+    found: dict[str, Any] = status(node)["members"][address]
+    return found
+
+
+def test_who_is_removed_is_told_on_its_newest_link(served: tuple[RaftNode, ImpostorServer]) -> None:
+    """A member has opened its link again, and the end of the older one came after that. It is removed: the link that it
+    has is cut, so that it asks again and is told. (Found by the simulator: the end of the old link was taken for that
+    of the new one, and the removed node asked for votes on that for ever.)"""
+    leader, server = served
+    with Line(leader.my_ip) as old, Line(leader.my_ip) as new, Line(leader.my_ip) as administrator:
+        for line in (old, new):
+            assert line.ask(hello(leader, "old", server.address))["data"] is True
+        until(old.is_ended, "the older link is closed")
+        assert not new.is_ended()
+        assert administrator.ask({"type": "remove_peer", "address": server.address})["data"] is True
+        until(new.is_ended, "the newer one too")
+    with Line(leader.my_ip) as again:
+        assert again.ask(hello(leader, "old", server.address))["error"]["code"] == "not_member"
+
+
+def test_a_new_disk_whose_readmission_was_cut(served: tuple[RaftNode, ImpostorServer]) -> None:
+    """A member has lost its disk, and its leader has staged that another node is a learner in its place; the entry has
+    reached that node alone, and the next leader has cut it. So the new node goes by a membership that looks newer than
+    everybody's, is content, and refuses nobody: the leader learns from its friendly answer who it is, and takes it.
+    (Found by the simulator.)"""
+    leader, server = served
+    assert known(leader, server.address)["voter"]
+    server.says |= {"node": "new", "membership": {"term": 1, "commit_id": 1000}}
+    until(lambda: known(leader, server.address)["node"] == "new", "it is taken as another node")
+    assert not known(leader, server.address)["voter"]
 
 
 def test_a_member_that_accepts_and_is_silent(start: Callable[..., RaftNode]) -> None:

@@ -267,7 +267,7 @@ class SimulatedLink:
             self.owner.live.discard(self.peer)
         forwarded = [arrival for _, arrival in self._waiting.values() if arrival is not None]
         self._waiting.clear()
-        self.owner.receive([Cut(self.peer, self, forwarded)], limited=False)
+        self.owner.receive([Cut(self.peer, self, forwarded=forwarded)], limited=False)
         self.owner.plan_reconnect(self)
 
 
@@ -338,7 +338,7 @@ class SimulatedConnection:
         self.owner.connections.remove(self)
         if self.is_link and not any(c.is_link and c.peer == self.peer for c in self.owner.connections):
             assert self.peer is not None, "a link is a member's"
-            self.owner.receive([Cut(self.peer)], limited=False)
+            self.owner.receive([Cut(self.peer, end=self)], limited=False)
 
 
 @dataclass(slots=True)

@@ -2,7 +2,8 @@
 
 Each kind is a method of `Churn`, with its weight in `KINDS`. What is asked for may be refused, or its answer lost, as
 anything may in a simulation; a node that wants to join asks until it is taken. One disk is lost at a time: the next one
-only when the node of the last is a voter again, as Raft promises nothing once a majority of the disks is gone.
+only when the node of the last is a voter again, as Raft promises nothing once a majority of the disks is gone. For the
+same reason no other member is taken out meanwhile: the leader refuses that itself, but only once it has noticed.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final
 from msgspec import UNSET
 
 from raftnode.consensus.membership import Membership
-from raftnode.messages import AddPeer, AddPeerAnswer, AnyRequest, RemovePeer, ReplacePeer, TransferLeader
+from raftnode.messages import GENESIS, AddPeer, AddPeerAnswer, AnyRequest, RemovePeer, ReplacePeer, TransferLeader
 from raftnode.testing.simulated import SimulatedNode
 from raftnode.testing.world import World
 
@@ -39,16 +40,20 @@ class Churn:
         nodes: dict[str, SimulatedNode],
         new_node: Callable[[str], SimulatedNode],
         pause: float,
+        patience: float,
         chance: random.Random,
     ) -> None:
         """`new_node` makes a node with an empty disk, and puts it into `nodes`. `pause`: seconds before something that
-        was refused is asked for again."""
+        was refused is asked for again. `patience`: seconds after which what was asked for is certainly not begun any
+        more."""
         self._world = world
         self._nodes = nodes
         self._new_node = new_node
         self._pause = pause
+        self._patience = patience
         self._chance = chance
         self._lost: str | None = None  # whose disk was lost last
+        self._removals: set[object] = set()  # that were asked for, and may be begun yet
 
     @property
     def membership(self) -> Membership | None:
@@ -58,11 +63,13 @@ class Churn:
 
     @property
     def is_done(self) -> bool:
-        """Nobody waits any more to be taken, or for its vote, or to take the place of another."""
+        """Nobody waits any more to be taken, or for its vote, or to take the place of another, and all voters know; and
+        none of them has lost its disk without that being noticed."""
         members = self.membership
-        if members is None or members.learners or members.replaces:
+        if members is None or members.learners or members.replaces or not self._is_committed(members):
             return False
-        return all(node.is_up or not node.is_guest for node in self._nodes.values())
+        is_missed = any(id not in ("", self._nodes[voter].new_id) for voter, id in members.voters.items())
+        return not is_missed and all(node.is_up or not node.is_guest for node in self._nodes.values())
 
     # --- the kinds ---
 
@@ -79,14 +86,15 @@ class Churn:
 
     def remove_member(self) -> None:
         """Any member, the leader too; what the cluster would not survive is refused."""
-        if (name := self._member()) is not None:
-            self._ask(RemovePeer(address=name))
+        name = self._member()
+        if name is not None and self._may_go(name):
+            self._ask_removal(RemovePeer(address=name))
 
     def replace_member(self) -> None:
         """A new node takes the place of a member."""
         name = self._member()
-        if name is not None and (guest := self._guest()) is not None:
-            self._ask(ReplacePeer(old=name, new=guest.name, node=guest.new_id))
+        if name is not None and self._may_go(name) and (guest := self._guest()) is not None:
+            self._ask_removal(ReplacePeer(old=name, new=guest.name, node=guest.new_id))
             self.invite(guest)
 
     def transfer_leader(self) -> None:
@@ -104,6 +112,8 @@ class Churn:
         everyone = [other.disk.membership.node_of(name) for other in self._nodes.values() if not other.is_uninvited]
         if "" in everyone or node.is_uninvited:
             return  # who has never met it could not tell the new one from the old
+        if self._removals or not all(_survives(known, name) for known in self._memberships()):
+            return
         self._lost = name
         node.wipe()
         self._world.after(self._pause * self._chance.random(), lambda: self._come_back(node))
@@ -120,11 +130,30 @@ class Churn:
         if self._lost is None:
             return True
         node = self._nodes[self._lost]
-        return members.voters.get(self._lost) == node.new_id and all(
-            other.is_up and other.raft.journal.memberships[0].id == members.id
-            for other in self._nodes.values()
-            if other.name in members.voters
-        )
+        return members.voters.get(self._lost) == node.new_id and self._is_committed(members)
+
+    def _is_committed(self, members: Membership) -> bool:
+        """Every voter runs, and knows that this membership is committed."""
+        voters = [node for node in self._nodes.values() if node.name in members.voters]
+        return all(node.is_up and node.raft.journal.memberships[0].id == members.id for node in voters)
+
+    def _memberships(self) -> list[Membership]:
+        """All that are in force anywhere, or may come into force: what is staged may yet be committed."""
+        committed, known = GENESIS, list[Membership]()
+        for node in self._nodes.values():
+            if node.is_up:
+                committed = max(committed, node.raft.journal.memberships[0].id)
+                known += node.raft.journal.memberships
+            elif not node.is_uninvited:
+                known.append(node.disk.membership)
+        return [members for members in known if members.id >= committed]
+
+    def _may_go(self, name: str) -> bool:
+        """No vote of a lost disk is missed, or it is the one that is to go."""
+        if self._lost in (None, name):
+            return True
+        new_id = self._nodes[self._lost].new_id
+        return all(members.voters.get(self._lost) in (None, new_id) for members in self._memberships())
 
     # --- asking ---
 
@@ -158,6 +187,13 @@ class Churn:
             self._world.tell(f"--- asked for: {message}")
             self._chance.choice(up).ask(message, take)
 
+    def _ask_removal(self, message: AnyRequest) -> None:
+        """Ask for what will take a member out."""
+        removal = object()
+        self._removals.add(removal)
+        self._ask(message, lambda _answer: self._removals.discard(removal))
+        self._world.after(self._patience, lambda: self._removals.discard(removal))
+
     def _member(self) -> str | None:
         members = self.membership
         return self._chance.choice(members.addresses) if members else None
@@ -167,3 +203,10 @@ class Churn:
         if len(self._nodes) >= _MOST:
             return None
         return self._new_node(f"n{len(self._nodes) + 1}:1")
+
+
+def _survives(members: Membership, lost: str) -> bool:
+    """A majority of the voters keep their disks without that of `lost`; also once those are out who are replaced."""
+    kept = members.voters.keys() - {lost}
+    after = Membership(voters={voter: "" for voter in members.voters if voter not in members.replaces.values()})
+    return members.is_majority(kept) and after.is_majority(kept)

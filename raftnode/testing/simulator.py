@@ -217,7 +217,8 @@ class Simulation:
         self._directory = Path()
         self._names: list[str] = []  # of the nodes that clients know
         chance = random.Random(f"churn of {options.seed}")  # its own, so that it moves nothing where members stay
-        self._churn = Churn(self.world, self.nodes, self._new_node, self._election_s, chance)
+        patience = 2 * options.settings.request_timeout_ms / 1000
+        self._churn = Churn(self.world, self.nodes, self._new_node, self._election_s, patience, chance)
 
     def run(self) -> Report:
         """Both phases and the judgement. Raises AssertionError, or whatever the product raised."""

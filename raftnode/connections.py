@@ -20,6 +20,7 @@ from raftnode.framing import Frame, Framer, Parting, TooLong
 from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply
 from raftnode.messages import (
     Answer,
+    AnyRequest,
     ClientRequest,
     Get,
     Hello,
@@ -253,8 +254,7 @@ class Connection(Wire):
                 break
             if isinstance(item, _Refused):
                 self.send(item.answer)
-            elif type(item.message) is Get and (answer := owner.answer_at_once(item, item.message)) is not None:
-                answer.id = item.message.id
+            elif (answer := self._answer_at_once(item.message)) is not None:
                 self.send(answer)
             elif owner.has_memory_for(item.size, self._under_way_bytes) or self._may_not_be_refused(item):
                 self._begin(item)
@@ -272,6 +272,14 @@ class Connection(Wire):
             self._read_on(may_read)
         if self.held or backlog or self._unread or self.framer.pending:
             self._note_held()
+
+    def _answer_at_once(self, message: AnyRequest) -> Answer | None:
+        """The driver's answer to a local read; None for all else."""
+        if type(message) is Get and message.consistency == "local":
+            if (answer := self.owner.answer_at_once(message)) is not None:
+                answer.id = message.id
+            return answer
+        return None
 
     def _may_not_be_refused(self, arrival: Arrival) -> bool:
         """What members say of the consensus is bounded by their windows, and a hello is short. If they could be

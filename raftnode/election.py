@@ -146,6 +146,7 @@ class Election:
         self.log = get_logger("election", node=self.me)
         self.raft = self._new_raft()
         self.requests = Requests(self.me, self.raft, store, transport, self.settings, self.log)
+        self.answer_at_once = self.requests.answer_at_once
         self.snapshots = Snapshots(self.raft, store, transport, self.settings, self.log)
         self.backups = Backups(self.me, store, self.settings)
         self.handshake = Handshake(self.me, self.raft, store, transport, self.log)
@@ -253,11 +254,6 @@ class Election:
             if not self.raft.may_wait(letter.peer, letter.answer):
                 return False
         return True
-
-    def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
-        """The answer to a local read, which needs no turn: between two turns everything that this node has applied is
-        in its store. None for what goes another way than usual: a turn takes care of that."""
-        return self.requests.answer_at_once(arrival, message)
 
     def _follow_membership(self) -> None:
         """Keep links with the members, from when a change is appended (rule 8). Who is taken out keeps its link until

@@ -10,8 +10,9 @@ reads find them in `changes`, before they look at the disk: an acknowledged writ
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
-from msgspec import Struct
+from msgspec import Raw, Struct
 
 from raftnode.messages import DeleteCommand, Entry, PutCommand, decode_command, store_key
 from raftnode.records import Record
@@ -25,6 +26,10 @@ class Outcome(Struct, frozen=True):
     """Version of the value it wrote; 0 when it wrote none."""
     replaced: int | None = None
     """commit_id of the value that was there before."""
+
+
+_UNCHANGED: Final = Record(0, 0, 0, 0, Raw())
+"""Stands for no change, where None stands for a deleted value."""
 
 
 class Namespaces:
@@ -62,7 +67,5 @@ class Namespaces:
 
     def find(self, key: bytes, on_disk: Callable[[bytes], Record | None]) -> Record | None:
         """The value under a store key, with every applied entry seen."""
-        try:
-            return self.changes[key]
-        except KeyError:
-            return on_disk(key)
+        change = self.changes.get(key, _UNCHANGED)
+        return on_disk(key) if change is _UNCHANGED else change

@@ -47,6 +47,7 @@ _position = struct.Struct(">Q")
 _log_header = struct.Struct(">BQQI")
 _value_header = struct.Struct(">QQQQ")
 _checksum = struct.Struct(">I")
+_stored_header = struct.Struct(">IQQQQ")  # those two, before a value
 _ENTRY_FORMAT: Final = 1
 
 log_key = _position.pack
@@ -100,14 +101,13 @@ def pack_record(key: bytes, record: Record) -> bytes:
 
 def unpack_record(key: bytes, stored: bytes) -> Record:
     """The committed value stored under `key`. Raises StoreDamaged."""
-    if len(stored) <= _checksum.size + _value_header.size or _checksum.unpack_from(stored)[0] != zlib.crc32(
-        memoryview(stored)[_checksum.size :], zlib.crc32(key)
-    ):
-        namespace, _, name = key.partition(b"\0")
-        shown = f"{name.decode(errors='replace')!r} in namespace {namespace.decode(errors='replace')!r}"
-        raise StoreDamaged(f"the value of key {shown} does not match its checksum")
-    created, modified, version, lease = _value_header.unpack_from(stored, _checksum.size)
-    return Record(created, modified, version, lease, Raw(stored[_checksum.size + _value_header.size :]))
+    if len(stored) > _stored_header.size:
+        checksum, created, modified, version, lease = _stored_header.unpack_from(stored)
+        if checksum == zlib.crc32(memoryview(stored)[_checksum.size :], zlib.crc32(key)):
+            return Record(created, modified, version, lease, Raw(stored[_stored_header.size :]))
+    namespace, _, name = key.partition(b"\0")
+    shown = f"{name.decode(errors='replace')!r} in namespace {namespace.decode(errors='replace')!r}"
+    raise StoreDamaged(f"the value of key {shown} does not match its checksum")
 
 
 def state_named(stored: bytes | None) -> bytes:

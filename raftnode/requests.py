@@ -310,16 +310,17 @@ class Requests:
             else:
                 self._answer_read(arrival, message)
 
-    def answer_at_once(self, arrival: Arrival, message: Get) -> GetAnswer | None:
-        """The answer to a local read, between two turns. None when a turn has to look at it: it is refused, or the
-        store can't be read, which is told, or ends the node, there."""
+    def answer_at_once(self, message: Get) -> GetAnswer | None:
+        """The answer to a local read, which needs no turn: between two turns everything that this node has applied is
+        in its store. None when a turn has to look at it: it is refused, or the store can't be read, which is told, or
+        ends the node, there."""
         if self._stopping_since is not None or self._raft.is_outside:
             return None
         try:
-            arrival.store_key = store_key(message.namespace, message.key)
-            return self._answer_to_read(message, self._store.find(arrival.store_key))
+            record = self._store.find(store_key(message.namespace, message.key))
         except (ProtocolError, StoreError):
             return None
+        return self._answer_to_read(message, record)
 
     def _answer_read(self, arrival: Arrival, message: Get) -> None:
         try:

@@ -66,8 +66,8 @@ class Driver(Protocol):
         """True when these need no turn of their own: the next one, which comes in any case, takes them along."""
         ...
 
-    def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
-        """The answer to a read that needs no turn, between two turns; None for all others."""
+    def answer_at_once(self, message: Get) -> Answer | None:
+        """The answer to a local read, between two turns; None when that needs a turn all the same."""
         ...
 
     def begin_stop(self) -> None:
@@ -123,6 +123,8 @@ class Transport:
         """The entry that made this node's membership, for hello; the handshake knows."""
         self._identity: tuple[str, str] | None = None
         self._driver: Driver | None = None
+        self.answer_at_once: Callable[[Get], Answer | None] = lambda _message: None
+        """The driver's: see there."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
         self._connections: set[Connection] = set()
@@ -152,7 +154,7 @@ class Transport:
 
     def attach(self, driver: Driver, settings: Settings) -> None:
         """Let `driver` take the turns."""
-        self._driver = driver
+        self._driver, self.answer_at_once = driver, driver.answer_at_once
         self.settings = settings
         self.unflushed_high = settings.client_bytes // 8
 
@@ -332,12 +334,6 @@ class Transport:
             assert isinstance(letter, Arrival), "only requests can be refused"
             letter.refuse("overloaded", "the mailbox of this node is full; try again later, or another node")
         self.end_pass_soon()
-
-    def answer_at_once(self, arrival: Arrival, message: Get) -> Answer | None:
-        """The driver's answer to a local read, which needs no turn; see `Driver`."""
-        if message.consistency != "local" or self._driver is None:
-            return None
-        return self._driver.answer_at_once(arrival, message)
 
     def wake(self) -> None:
         """See that a turn follows soon. From any thread."""

@@ -64,7 +64,7 @@ def position_of(key: bytes) -> int:
 def pack_entry(entry: Entry) -> bytes:
     """An entry as a log record."""
     header = _log_header.pack(_ENTRY_FORMAT, entry.term, entry.time, entry.checksum)
-    return b"".join((header, memoryview(entry.command)))
+    return b"".join((header, entry.command))
 
 
 def unpack_entry(commit_id: int, record: bytes) -> Entry:
@@ -94,9 +94,8 @@ class Record(Struct, frozen=True):
 def pack_record(key: bytes, record: Record) -> bytes:
     """A committed value as it is stored under `key`."""
     header = _value_header.pack(record.created, record.modified, record.version, record.lease)
-    value = memoryview(record.value)
-    checksum = zlib.crc32(value, zlib.crc32(header, zlib.crc32(key)))
-    return b"".join((_checksum.pack(checksum), header, value))
+    checksum = zlib.crc32(record.value, zlib.crc32(header, zlib.crc32(key)))
+    return b"".join((_checksum.pack(checksum), header, record.value))
 
 
 def unpack_record(key: bytes, stored: bytes) -> Record:

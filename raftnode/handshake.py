@@ -260,9 +260,13 @@ class Handshake:
         return False
 
     def is_first_hand(self, arrival: Arrival) -> bool:
-        """True for what came over a member's own link, which only its consensus uses."""
+        """True for what came over a member's own link, which only its consensus uses. One that knows more than this
+        node may be another node than the member at its address is here, and speaks for itself only."""
         peer = arrival.origin.peer
-        return peer is not None and peer in self._links_to_us and self._links_to_us[peer].end is arrival.origin
+        guest = None if peer is None else self._links_to_us.get(peer)
+        if guest is None or guest.end is not arrival.origin:
+            return False
+        return guest.node == self._raft.membership.node_of(str(peer))
 
     # --- promises (see `consensus.witness`) ---
 

@@ -1114,6 +1114,23 @@ def test_the_end_of_an_older_link_says_nothing_of_the_newer(bench: Bench) -> Non
     assert bench.raft.witnesses.of(B).term == 1, "who is not linked is not taken for the member"
 
 
+def test_another_node_at_the_address_makes_no_promises_for_the_member(bench: Bench) -> None:
+    """A node that goes by a newer membership is welcome, though another node is known at its address: this log may lag.
+    What it says is not remembered of the one that is known, which would be kept out if it came back."""
+    cluster = str(bench.store.cluster_id)
+    member = bench.ask(Hello(cluster=cluster, node="id-b", address=B), "member")
+    bench.turn()
+    other = bench.ask(Hello(cluster=cluster, node="id-x", address=B, membership=EntryId(7, 70)), "other")
+    bench.turn()
+    assert member.only.data
+    assert other.only.data
+    bench.letter(Arrival(Heartbeat(term=3, leader=B, commit_id=0), other))
+    bench.turn()
+    assert bench.raft.leader == B
+    assert bench.raft.membership.node_of(B) == "id-b"
+    assert bench.raft.witnesses.of(B).term == 0
+
+
 def test_the_link_to_the_leader_is_cut(bench: Bench) -> None:
     """TRAPS 24: the link on which a write and a read were passed on ends. The write may have been executed: open. The
     read is kept, and goes out again when the same leader's link is back."""

@@ -147,6 +147,7 @@ class Election:
         self.raft = self._new_raft()
         self.requests = Requests(self.me, self.raft, store, transport, self.settings, self.log)
         self.answer_at_once = self.requests.answer_at_once
+        """Local reads take no turn: see `transport.Driver`."""
         self.snapshots = Snapshots(self.raft, store, transport, self.settings, self.log)
         self.backups = Backups(self.me, store, self.settings)
         self.handshake = Handshake(self.me, self.raft, store, transport, self.log)

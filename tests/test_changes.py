@@ -388,6 +388,43 @@ def test_a_leader_that_is_a_learner_does_not_promote_itself() -> None:
     assert set(network[network.leader].raft.membership.voters) == {"1", "2", "3"}
 
 
+def test_a_learner_on_whose_vote_a_candidate_counts_may_campaign() -> None:
+    """2 leads, gives the learner 4 its vote by an entry that nobody else gets, and dies. 3 leads next; its first entry
+    reaches 4 alone, and then its disk is lost. So of the four that 2 counts, 4 refuses it, as its log is newer, and 3
+    is gone; and 1, whose log is old, can't win either. Only 4 can: by its own log it has no vote, but those of 1 and 2
+    are enough there. It hands over as soon as it can. (Found by the simulator.)"""
+    network = led_by_1()
+    network.change("1", add("4"))
+    network.join("4", network["1"].raft.membership)
+    network.run(1.0)
+    network.elect("2")
+    network.run(1.0)
+    network.isolate("2")
+    network.change("2", promote("4"))
+    network.turn("2")
+    network.crash("2")
+    network.drop()
+    network.heal()
+    network.lose_leaders()
+    network.campaign("3")
+    while not network["3"].raft.is_leader:
+        network.deliver(1)
+    network.cut("1", "3")
+    network.deliver()
+    assert network["4"].raft.journal.last.id.term == network["3"].raft.term
+    network.crash("3")
+    network.drop()
+    network.heal()
+    network.restart("2")
+    assert "4" in network["2"].raft.membership.voters
+    assert "4" in network["4"].raft.membership.learners
+    assert network["4"].raft.journal.last.id > network["2"].raft.journal.last.id > network["1"].raft.journal.last.id
+    network.run_until(lambda: bool(set(network.leaders) & {"1", "2"}))
+    network.propose(network.leader, "k")
+    network.run(1.0)
+    assert all("k" in network[name].keys for name in "124")
+
+
 def test_leader_with_its_own_removal_alone_still_finishes_it() -> None:
     """Of two, 1 takes itself out and dies before anyone hears of it. It comes back: only it has the entry, so 2 can't
     be elected without its vote; it campaigns, does not count itself, and finishes what it began. (Thesis 4.2.2,

@@ -54,6 +54,8 @@ and answers, in that order.
   member lacks the entry before the leader's log, and installed where its log does not hold the snapshot's last entry.
 * Changes are of single members, never joint (4.3): a leader makes the steps of a replacement one after the other.
 * A learner has caught up by the rounds of 4.2.1, and is made a voter by the leader itself, whoever that is by then.
+* A learner campaigns, without a vote of its own, if a candidate that lags has asked it for its vote: who has that entry
+  alone can't win without it, and with another voter gone for good nobody else could (cf. 4.2.2).
 * A leader hands over (3.10) only when all of its log is committed, so that no client is left in doubt.
 
 Not yet here: sessions (6.3; commands have a kind, so an outcome can be kept). Known limit: a node that was never met by

@@ -166,6 +166,7 @@ class Raft:
         self._handover: Handover | None = None
         self._catching_up = CatchingUp(self._low)
         self._told_out = False
+        self._is_counted_on = False  # a candidate that lags counts this node as a voter, and no leader was heard since
         self._handed_over_term = 0  # the newest term for which a leader asked another one to campaign
         self.rearm()
 
@@ -336,8 +337,7 @@ class Raft:
     # --- campaigns ---
 
     def campaign(self) -> None:
-        """Ask for a pre-vote; with a majority of those, for votes (thesis 9.6). Neither a learner nor who has forgotten
-        its promises ever campaigns."""
+        """Ask for a pre-vote; with a majority of those, for votes (thesis 9.6). See `_may_campaign`."""
         self._arm_election()
         if not self._may_campaign:
             return
@@ -350,10 +350,13 @@ class Raft:
 
     @property
     def _may_campaign(self) -> bool:
-        """Who is taken out by an entry that may not be committed yet still campaigns, without a vote of its own: it can
-        be the only one with that entry (thesis 4.2.2)."""
+        """Voters do, and none who has forgotten its promises. Who is taken out by an entry that may not be committed
+        yet still campaigns, without a vote of its own: it can be the only one with that entry (thesis 4.2.2). So does a
+        learner on whose vote a candidate counts, by an entry that only the candidate has, when the learner's log is the
+        newer one: it can't give its vote, and if another voter is gone for good, nobody else can win."""
         is_voter = any(self._votes_in(members) for members in self.journal.memberships)
-        return is_voter and not self.has_forgotten and not self._told_out
+        is_needed = self._is_counted_on and self._is_mine(self.membership.learners.get(self.me))
+        return (is_voter or is_needed) and not self.has_forgotten and not self._told_out
 
     def _votes_in(self, members: Membership) -> bool:
         return self._is_mine(members.voters.get(self.me))
@@ -586,6 +589,7 @@ class Raft:
         if message.transfer:
             self._handed_over_term = max(message.term, self._handed_over_term)
         granted = self._grants_pre_vote(message) if message.pre_vote else self._grants_vote(message)
+        self._is_counted_on = self._is_counted_on or not self._is_up_to_date(message)
         term = message.term if granted else self.term
         self._out.answers.append((ticket, VoteAnswer(data=granted, term=term, pre_vote=message.pre_vote)))
 
@@ -770,7 +774,7 @@ class Raft:
         if term > self.term or self.role is not Role.FOLLOWER or self.leader is None:
             self._become_follower(term, leader)
         self._heard_leader_at = self._now
-        self._told_out = False
+        self._told_out = self._is_counted_on = False
         self._lost = 0
         self._arm_election()
         return True

@@ -3,7 +3,7 @@
 Each kind is a method of `Churn`, with its weight in `KINDS`. What is asked for may be refused, or its answer lost, as
 anything may in a simulation; a node that wants to join asks until it is taken. One disk is lost at a time: the next one
 only when the node of the last is a voter again, as Raft promises nothing once a majority of the disks is gone. For the
-same reason no other member is taken out meanwhile: the leader refuses that itself, but only once it has noticed.
+same reason no other member is taken out before every leader has noticed, and refuses by itself what can't be survived.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ KINDS: Final[dict[str, float]] = {
     "wipe": 1.0,
 }
 """How often each kind happens, against the faults."""
+_NOTICED: Final = 5
+"""Election timeouts after which no leader takes a lost node for alive any more: what it said is three late at the most
+(`faults.Faults.slow_link`), and counts for one, on a clock that may be slow."""
 _MOST: Final = 8
 """Nodes of one simulation, those that were removed too."""
 
@@ -53,6 +56,7 @@ class Churn:
         self._patience = patience
         self._chance = chance
         self._lost: str | None = None  # whose disk was lost last
+        self._lost_at = 0.0
         self._removals: set[object] = set()  # that were asked for, and may be begun yet
 
     @property
@@ -114,7 +118,7 @@ class Churn:
             return  # who has never met it could not tell the new one from the old
         if self._removals or not all(_survives(known, name) for known in self._memberships()):
             return
-        self._lost = name
+        self._lost, self._lost_at = name, self._world.now
         node.wipe()
         self._world.after(self._pause * self._chance.random(), lambda: self._come_back(node))
 
@@ -149,8 +153,8 @@ class Churn:
         return [members for members in known if members.id >= committed]
 
     def _may_go(self, name: str) -> bool:
-        """No vote of a lost disk is missed, or it is the one that is to go."""
-        if self._lost in (None, name):
+        """No vote of a lost disk is missed, or that is noticed, or it is the one that is to go."""
+        if self._lost in (None, name) or self._world.now - self._lost_at > _NOTICED * self._pause:
             return True
         new_id = self._nodes[self._lost].new_id
         return all(members.voters.get(self._lost) in (None, new_id) for members in self._memberships())

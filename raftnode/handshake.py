@@ -263,10 +263,10 @@ class Handshake:
         """True for what came over a member's own link, which only its consensus uses. One that knows more than this
         node may be another node than the member at its address is here, and speaks for itself only."""
         peer = arrival.origin.peer
-        guest = None if peer is None else self._links_to_us.get(peer)
-        if guest is None or guest.end is not arrival.origin:
+        if peer is None or peer not in self._links_to_us:
             return False
-        return guest.node == self._raft.membership.node_of(str(peer))
+        guest = self._links_to_us[peer]
+        return guest.end is arrival.origin and guest.node == self._raft.membership.node_of(peer)
 
     # --- promises (see `consensus.witness`) ---
 

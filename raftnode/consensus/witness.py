@@ -32,11 +32,12 @@ every link, has none itself, and never campaigns. It writes that down, so that i
 nobody who could remind it. When the newest copy of its directory is put back, it is reminded again, and keeps all.
 
 **What stays unnoticed**: what nobody who can be reached remembers. Floors are known between a leader and its followers,
-not among these; a term is known to those who were spoken to. A witness goes to disk at most once a second, and only
-with a transaction that happens anyway: if its owner is killed, what it learned in its last second is lost, and what it
-learned after its last transaction. And an old copy that first meets one who remembers nothing of it works with that one
-until another reminds it. Followers are not told the floors of other followers: the entry of a floor would reach a
-follower together with that news, and who holds the entry does not vote for a log that lacks it.
+not among these; a term is known to those who were spoken to, and whose log names the member that spoke. A witness goes
+to disk at most once a second, and only with a transaction that happens anyway: if its owner is killed, what it learned
+in its last second is lost, and what it learned after its last transaction. And an old copy that first meets one who
+remembers nothing of it works with that one until another reminds it. Followers are not told the floors of other
+followers: the entry of a floor would reach a follower together with that news, and who holds the entry does not vote
+for a log that lacks it.
 """
 
 from __future__ import annotations

@@ -42,17 +42,17 @@ class Churn:
         world: World,
         nodes: dict[str, SimulatedNode],
         new_node: Callable[[str], SimulatedNode],
-        pause: float,
+        election_s: float,
         patience: float,
         chance: random.Random,
     ) -> None:
-        """`new_node` makes a node with an empty disk, and puts it into `nodes`. `pause`: seconds before something that
-        was refused is asked for again. `patience`: seconds after which what was asked for is certainly not begun any
-        more."""
+        """`new_node` makes a node with an empty disk, and puts it into `nodes`. `election_s`: the longest election
+        timeout, and the pause before something that was refused is asked for again. `patience`: seconds after which
+        what was asked for is certainly not begun any more."""
         self._world = world
         self._nodes = nodes
         self._new_node = new_node
-        self._pause = pause
+        self._election_s = election_s
         self._patience = patience
         self._chance = chance
         self._lost: str | None = None  # whose disk was lost last
@@ -120,7 +120,7 @@ class Churn:
             return
         self._lost, self._lost_at = name, self._world.now
         node.wipe()
-        self._world.after(self._pause * self._chance.random(), lambda: self._come_back(node))
+        self._world.after(self._election_s * self._chance.random(), lambda: self._come_back(node))
 
     def _come_back(self, node: SimulatedNode) -> None:
         if not node.is_up:
@@ -154,7 +154,7 @@ class Churn:
 
     def _may_go(self, name: str) -> bool:
         """No vote of a lost disk is missed, or that is noticed, or it is the one that is to go."""
-        if self._lost in (None, name) or self._world.now - self._lost_at > _NOTICED * self._pause:
+        if self._lost in (None, name) or self._world.now - self._lost_at > _NOTICED * self._election_s:
             return True
         new_id = self._nodes[self._lost].new_id
         return all(members.voters.get(self._lost) in (None, new_id) for members in self._memberships())
@@ -182,7 +182,7 @@ class Churn:
                     guest.join(answer.cluster, told)
 
         self._ask(AddPeer(address=guest.name, node=guest.new_id), take)
-        self._world.after(self._pause, lambda: self.invite(guest))
+        self._world.after(self._election_s, lambda: self.invite(guest))
 
     def _ask(self, message: AnyRequest, take: Callable[[Any], object] = lambda _answer: None) -> None:
         """Ask one of the nodes that run."""

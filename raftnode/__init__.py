@@ -7,8 +7,9 @@
                     messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
                     mailbox (what the queue holds)
     2  effects      store (with environment: files and LMDB, compaction: where the log begins, states: where a snapshot
-                    comes in, primary: a given leader) | transport (with connections: the loop's two kinds, passes:
-                    of the loop, blocking: for other threads) | log. None of the three knows another.
+                    comes in, primary: a given leader) | transport (with connections: the loop's two kinds, streams:
+                    their sockets, passes: of the loop, blocking: for other threads) | log. None of the three knows
+                    another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
                     the other end of a link), members (changes of the members, asked for and of the leader's own),
                     snapshots (the state on its way to a member that lacks entries), backups (to a

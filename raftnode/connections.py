@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from raftnode.transport import Transport
 
 
-class Wire(asyncio.BufferedProtocol):
+class Wire(asyncio.Protocol):
     """What both ends share: framing in, batched writes out."""
 
     transport: asyncio.Transport
@@ -69,15 +69,6 @@ class Wire(asyncio.BufferedProtocol):
         self.transport.set_write_buffer_limits(high=self.owner.settings.send_buffer_bytes)
         self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.is_open = True
-
-    def get_buffer(self, sizehint: int) -> memoryview:  # noqa: ARG002 - always all of it
-        """Where asyncio puts what it reads next. All connections share it, as what came is copied out at once: a buffer
-        of this size made for each read costs three system calls."""
-        return self.owner.read_buffer
-
-    def buffer_updated(self, nbytes: int) -> None:
-        self.data_received(bytes(self.owner.read_buffer[:nbytes]))
-        self.owner.passes.has_read()
 
     def data_received(self, data: bytes) -> None:
         """Take what has come."""

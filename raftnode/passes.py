@@ -1,9 +1,9 @@
-"""asyncio's selector: how the loop waits, and the end of each of its passes. Layer 2.
+"""asyncio's selector: how the loop waits, who reads what is ready, and the end of each pass. Layer 2.
 
-A pass reads every socket that was found ready. What follows from all of them together, a turn of the driver and the
-answers that need none, belongs right behind the last one. With `call_soon` it would come one pass later, after the
-system was asked once more for what is ready: that is a tenth of a read's way through a cluster of three, where there
-are three such passes.
+A pass reads every stream that was found ready (`streams`), itself and at once: as asyncio's callbacks each of them
+would cost more than what a local read takes in the store. What follows from all of them together, a turn of the driver
+and the answers that need none, belongs right behind the last one, before the system is asked once more for what is
+ready. All else that the loop has to look after is left to asyncio.
 
 To sleep and be woken takes a thread about 50 us, and its caches with it. A request of a lone client sleeps four times
 on its way to a leader, to its followers and back, so where the next message is near, it is awaited by asking again and
@@ -14,16 +14,19 @@ linearizable reads and 1.7 times the local ones, and takes less processor time f
 
 from __future__ import annotations
 
-import asyncio
 import os
 import selectors
 import time
 from collections.abc import Callable
 
+Found = list[tuple[selectors.SelectorKey, int]]
+
 
 class PassSelector(selectors.DefaultSelector):
-    """Finds what is ready, and knows when all of it has been read.
+    """Finds what is ready, has it read, and knows when all of it has been read.
 
+    A stream is registered with a function as its data, which is called with the events that were found; all else is
+    asyncio's.
     Invariant: once `end_soon` was called, `end` follows, before the loop waits for anything.
     """
 
@@ -35,23 +38,28 @@ class PassSelector(selectors.DefaultSelector):
         self._poll_s = poll_s
         self._clock = clock
         self._is_near = False  # the last wait ended within `poll_s`
-        self._unread = 0  # found ready in this pass, and not read yet, as far as is known
         self._is_due = False  # the end was asked for
-        self._is_called = False  # ... and asyncio will call it
 
-    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
-        """A pass begins. When the last one did not come to its end, as not all that was ready had something to be read
-        (a new connection, one that takes its answers again), it does so first."""
-        if self._is_due and not self._is_called:
-            self._call()
+    def select(self, timeout: float | None = None) -> Found:
+        """One pass, with its end; returns what is asyncio's of all that was ready. An end that asyncio's callbacks have
+        asked for comes first, and may have left them something to do: then nothing is awaited."""
+        if self._is_due:
+            self._finish()
             timeout = 0
         found = super().select(0)
         if not found and timeout != 0:
             found = self._wait(timeout)
-        self._unread = len(found)
-        return found
+        others: Found = []
+        for key, events in found:
+            if callable(key.data):
+                key.data(events)
+            else:
+                others.append((key, events))
+        if self._is_due:
+            self._finish()
+        return others
 
-    def _wait(self, timeout: float | None) -> list[tuple[selectors.SelectorKey, int]]:
+    def _wait(self, timeout: float | None) -> Found:
         """Nothing is ready. Others that want the processor have it between two looks."""
         began = self._clock()
         if self._is_near and (timeout is None or timeout > self._poll_s):
@@ -63,24 +71,10 @@ class PassSelector(selectors.DefaultSelector):
         self._is_near = self._clock() - began < self._poll_s
         return found
 
-    def has_read(self) -> None:
-        """One of those that were ready has been read."""
-        self._unread -= 1
-        if self._unread == 0 and self._is_due:
-            self._finish()
-
     def end_soon(self) -> None:
         """See that the end of a pass comes. On the loop's thread."""
-        if not self._is_due:
-            self._is_due = True
-            if self._unread == 0:
-                self._call()
-
-    def _call(self) -> None:
-        self._is_called = True
-        asyncio.get_running_loop().call_soon(self._finish)
+        self._is_due = True
 
     def _finish(self) -> None:
-        if self._is_due:
-            self._is_due = self._is_called = False
-            self._end()
+        self._is_due = False
+        self._end()

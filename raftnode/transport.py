@@ -43,6 +43,7 @@ from raftnode.messages import (
     encode_object,
 )
 from raftnode.passes import PassSelector
+from raftnode.streams import Listener, Stream, connect, listen
 
 RECONNECT_TRIES = 20
 _SWEEP_S = 1.0
@@ -102,8 +103,6 @@ class Transport:
         self.live: set[str] = set()
         self.settings = Settings()
         self.log = logging.getLogger("raftnode.transport")
-        self.read_buffer = memoryview(bytearray(_READ_BYTES))
-        """What a connection has read last, until it has taken it."""
         self.unflushed: set[Wire] = set()
         """Whose batches of answers have collected: clients."""
         self.unflushed_members: set[Wire] = set()
@@ -127,9 +126,10 @@ class Transport:
         """The driver's: see there."""
         self._loop: asyncio.AbstractEventLoop | None = None
         self._loop_thread = 0
+        self._read_buffer = memoryview(bytearray(_READ_BYTES))  # what a stream has read last, until it has taken it
         self._connections: set[Connection] = set()
         self.passes: PassSelector
-        """Of the loop that runs, or ran last: told by a connection or link that has taken what there was to read."""
+        """Of the loop that runs, or ran last: has read what was ready, and calls `_end_pass`."""
         self.links: dict[str, Link] = {}
         """The open links by member; a link enters itself when it is connected and leaves when it ends."""
         self._keepers: dict[str, asyncio.Task[None]] = {}
@@ -218,23 +218,21 @@ class Transport:
             await self._close_all()
             self._loop = None
 
-    async def _listen(self) -> asyncio.Server:
+    async def _listen(self) -> Listener:
         host, port = parse_address(self.listen)
-        assert self._loop is not None
         try:
-            server = await self._loop.create_server(
-                lambda: Connection(self), host, port, backlog=_ACCEPTED_AT_ONCE, reuse_address=True
-            )
-            for listening in server.sockets:
-                with socket.socket(fileno=os.dup(listening.fileno())) as same:
-                    same.listen(_WAITING_TO_BE_ACCEPTED)
+            listening = await listen(host, port, _WAITING_TO_BE_ACCEPTED)
         except OSError as error:
             why = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror or str(error)
             raise ConfigError(
                 f"can't listen on {self.listen}: {why}. Is another node running there, or is it not an address of this "
                 "machine?"
             ) from error
-        return server
+        return Listener(listening, lambda connected: self._open(connected, Connection(self)), _ACCEPTED_AT_ONCE)
+
+    def _open(self, connected: socket.socket, wire: Wire) -> None:
+        """A connection begins, on a socket that is connected."""
+        Stream(connected, wire, self.passes, self._read_buffer)
 
     def _catch_signals(self) -> None:
         if threading.current_thread() is threading.main_thread():
@@ -522,13 +520,13 @@ class Transport:
         assert self._loop is not None
         while True:
             try:
-                connecting = self._loop.create_connection(lambda: Link(self, peer), *host_port)
-                _, link = await asyncio.wait_for(connecting, self.settings.stall_timeout_ms / 1000)
+                connected = await asyncio.wait_for(connect(*host_port), self.settings.stall_timeout_ms / 1000)
             except OSError:  # TimeoutError too
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, high)
                 continue
-            started = self.now()
+            started, link = self.now(), Link(self, peer)
+            self._open(connected, link)
             await link.ended
             pause = low if self.now() - started > high else min(2 * pause, high)
             await asyncio.sleep(pause)

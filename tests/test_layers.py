@@ -16,7 +16,7 @@ LAYERS: dict[str, set[str]] = {
     "0 facts": {"config", "errors", "messages", "version"},
     "1 pure": {"consensus", "framing", "mailbox", "namespaces", "records", "replay"},
     "2 store": {"compaction", "environment", "primary", "states", "store"},
-    "2 transport": {"blocking", "connections", "passes", "transport"},
+    "2 transport": {"blocking", "connections", "passes", "streams", "transport"},
     "2 log": {"log"},
     "3 driver": {"backups", "election", "flushing", "handshake", "members", "requests", "snapshots"},
     "4 node": {"client", "joining", "raftnode"},

@@ -24,13 +24,13 @@ import contextlib
 import os
 import secrets
 import time
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import msgspec
 from msgspec import UNSET, Raw, Struct
+from zlib_ng.zlib_ng import crc32
 
 from raftnode import records
 from raftnode.blocking import ConnectFailed, LineConnection
@@ -204,7 +204,7 @@ class _Writer:
 
     def write(self, line: Line) -> None:
         text = _encode(line) + b"\n"
-        self._crc = zlib.crc32(text, self._crc)
+        self._crc = crc32(text, self._crc)
         self._lines += 1
         self._out.write(text)
 
@@ -248,7 +248,7 @@ def check(file: Path, *, advance: Advance, settings: Settings | None = None) -> 
                     raise StoreDamaged(f"{file} is damaged: its lines do not match the checksum in its last one")
             elif isinstance(line, Value):
                 _check_value(file, line)
-            crc, lines, done = zlib.crc32(text, crc), lines + 1, done + len(text)
+            crc, lines, done = crc32(text, crc), lines + 1, done + len(text)
             advance(done, total)
     if header is None:
         raise StoreForeign(f"{file} is no backup of raftnode: it is empty")

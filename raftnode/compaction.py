@@ -34,30 +34,38 @@ class Retention:
         self, txn: lmdb.Transaction, db: lmdb._Database, base: Mark, commit_id: int, added: int, added_bytes: int
     ) -> Mark:
         """With this transaction `added` entries, of so many bytes, come to what is kept behind `commit_id`. Delete the
-        oldest, as many as are too many, but not many more than these. Returns the new base."""
+        oldest, as many as are too many, but not many more than these. Returns the new base.
+
+        Nothing rests on what goes any more, so only the last of it is looked at: a look at each takes 1.5 us a put, a
+        fifteenth of all that a put costs a node."""
         self.size += added_bytes
-        if not self._is_too_long(commit_id - base.id.commit_id):
+        count = commit_id - base.id.commit_id
+        if not self._is_too_long(count, self.size):
             return base
         entries = max(self._settings.compaction_step, 2 * added)
         size = max(self._settings.compaction_bytes, 2 * added_bytes)
         with txn.cursor(db) as cursor:
+            gone = freed = 0
+            for _, record in cursor.iternext():
+                if gone >= entries or freed >= size or not self._is_too_long(count - gone, self.size - freed):
+                    break
+                gone, freed = gone + 1, freed + records.size_of_command(bytes(record))
             cursor.first()
-            while entries > 0 and size > 0 and self._is_too_long(commit_id - base.id.commit_id):
-                entry = self._oldest(cursor, base)
+            for _ in range(gone - 1):
                 cursor.delete()
-                base = Mark(entry.id, entry.checksum)
-                self.size -= entry.size
-                entries, size = entries - 1, size - entry.size
-        return base
+            newest = self._entry_at(cursor, base.id.commit_id + gone)
+            cursor.delete()
+        self.size -= freed
+        return Mark(newest.id, newest.checksum)
 
-    def _is_too_long(self, count: int) -> bool:
-        return count > 1 and (count > self._settings.log_entries or self.size > self._settings.log_bytes)
+    def _is_too_long(self, count: int, size: int) -> bool:
+        return count > 1 and (count > self._settings.log_entries or size > self._settings.log_bytes)
 
     @staticmethod
-    def _oldest(cursor: lmdb.Cursor, base: Mark) -> Entry:
-        """The entry after the base, where a cursor must stand. Raises StoreDamaged."""
-        wanted = base.id.commit_id + 1
+    def _entry_at(cursor: lmdb.Cursor, wanted: int) -> Entry:
+        """The entry where a cursor stands. If it is the one that should be there, none is missing before it. Raises
+        StoreDamaged."""
         found = records.position_of(bytes(cursor.key()))
         if found != wanted:
-            raise StoreDamaged(f"the log should begin with entry {wanted}, but begins with {found}", wanted)
+            raise StoreDamaged(f"the log should have entry {wanted} here, but it has {found}", wanted)
         return records.unpack_entry(found, bytes(cursor.value()))

@@ -27,7 +27,6 @@ import contextlib
 import re
 import struct
 import time
-import zlib
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -37,6 +36,7 @@ from typing import Any, Final, TypeVar
 import lmdb
 import msgspec
 from msgspec import Struct
+from zlib_ng.zlib_ng import crc32
 
 from raftnode import records
 from raftnode.consensus.ballot import Ballot
@@ -789,7 +789,7 @@ def _check_value(key: bytes, stored: bytes) -> StoredValue:
         problem = str(error)
     record = None
     with contextlib.suppress(StoreError):
-        record = records.unpack_record(key, struct.pack(">I", zlib.crc32(stored[4:], zlib.crc32(key))) + stored[4:])
+        record = records.unpack_record(key, struct.pack(">I", crc32(stored[4:], crc32(key))) + stored[4:])
     return StoredValue(*texts, record, problem)
 
 

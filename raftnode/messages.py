@@ -22,12 +22,12 @@ import itertools
 import math
 import re
 import struct
-import zlib
 from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Final, Literal, TypeAlias
 
 import msgspec
 from msgspec import UNSET, Raw, Struct, UnsetType
+from zlib_ng.zlib_ng import crc32
 
 from raftnode.config import DEFAULT_NAMESPACE, Settings
 from raftnode.errors import ProtocolError
@@ -125,7 +125,7 @@ def chain(previous: int, term: int, commit_id: int, time: int, command: bytes | 
 
     Equal checksums at one commit_id on two nodes mean equal histories up to there.
     """
-    return zlib.crc32(command, zlib.crc32(_chained(term, commit_id, time), previous))
+    return crc32(command, crc32(_chained(term, commit_id, time), previous))
 
 
 # --- commands: what the log holds -----------------------------------------------------------------------------

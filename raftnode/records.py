@@ -17,11 +17,11 @@ checked. The others are CRC-32 over the key and all that follows the checksum. L
 from __future__ import annotations
 
 import struct
-import zlib
 from typing import Any, Final
 
 import msgspec
 from msgspec import Raw, Struct
+from zlib_ng.zlib_ng import crc32
 
 from raftnode.errors import StoreDamaged
 from raftnode.messages import Entry
@@ -77,6 +77,11 @@ def unpack_entry(commit_id: int, record: bytes) -> Entry:
     return Entry(term, commit_id, time, checksum, Raw(record[_log_header.size :]))
 
 
+def size_of_command(record: bytes) -> int:
+    """Bytes of the command in a log record."""
+    return len(record) - _log_header.size
+
+
 class Record(Struct, frozen=True):
     """One committed value. Invariant: created <= modified."""
 
@@ -94,7 +99,7 @@ class Record(Struct, frozen=True):
 def pack_record(key: bytes, record: Record) -> bytes:
     """A committed value as it is stored under `key`."""
     header = _value_header.pack(record.created, record.modified, record.version, record.lease)
-    checksum = zlib.crc32(record.value, zlib.crc32(header, zlib.crc32(key)))
+    checksum = crc32(record.value, crc32(header, crc32(key)))
     return b"".join((_checksum.pack(checksum), header, record.value))
 
 
@@ -102,7 +107,7 @@ def unpack_record(key: bytes, stored: bytes) -> Record:
     """The committed value stored under `key`. Raises StoreDamaged."""
     if len(stored) > _stored_header.size:
         checksum, created, modified, version, lease = _stored_header.unpack_from(stored)
-        if checksum == zlib.crc32(memoryview(stored)[_checksum.size :], zlib.crc32(key)):
+        if checksum == crc32(memoryview(stored)[_checksum.size :], crc32(key)):
             return Record(created, modified, version, lease, Raw(stored[_stored_header.size :]))
     namespace, _, name = key.partition(b"\0")
     shown = f"{name.decode(errors='replace')!r} in namespace {namespace.decode(errors='replace')!r}"
@@ -120,13 +125,13 @@ def state_named(stored: bytes | None) -> bytes:
 def pack_meta(name: bytes, fact: object) -> bytes:
     """A fact about the node, as JSON behind its checksum."""
     body = msgspec.json.encode(fact)
-    return _checksum.pack(zlib.crc32(body, zlib.crc32(name))) + body
+    return _checksum.pack(crc32(body, crc32(name))) + body
 
 
 def unpack_meta(name: bytes, stored: bytes, type: Any) -> Any:
     """The fact stored under `name`. Raises StoreDamaged."""
     body = stored[_checksum.size :]
-    if len(stored) <= _checksum.size or _checksum.unpack_from(stored)[0] != zlib.crc32(body, zlib.crc32(name)):
+    if len(stored) <= _checksum.size or _checksum.unpack_from(stored)[0] != crc32(body, crc32(name)):
         raise StoreDamaged(f"the record {name.decode(errors='replace')!r} of the node does not match its checksum")
     try:
         return msgspec.json.decode(body, type=type)

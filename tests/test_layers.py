@@ -57,7 +57,7 @@ PURE_IMPORTS = {
     "re",
     "struct",
     "typing",
-    "zlib",
+    "zlib_ng",
 }
 """What a pure module may import from outside; `random` only for the name of the type that is passed in."""
 

@@ -260,17 +260,18 @@ class Journal:
         """Let go of entries in memory that are written and applied, oldest first, down to `count` and `size` bytes."""
         settled = min(applied, self.written)
         while self._kept_first <= settled and (len(self._kept) > count or self._kept_bytes > size):
-            self._kept_bytes -= self._kept.pop(self._kept_first).size
+            self._kept_bytes -= len(self._kept.pop(self._kept_first).command)
             self._kept_first += 1
         while len(self.memberships) > 1 and self.memberships[1].commit_id <= settled:
             self._set_memberships(self.memberships[1:])
 
     def _extend(self, entries: Sequence[Entry]) -> None:
+        kept = self._kept
         for entry in entries:
-            self._kept[entry.commit_id] = entry
-            self._kept_bytes += len(entry.command)
+            kept[entry.commit_id] = entry
             if memoryview(entry.command)[: len(_MEMBERS)] == _MEMBERS:
                 self._take_membership(entry)
+        self._kept_bytes += sum([len(entry.command) for entry in entries])
         self.last = Mark(entries[-1].id, entries[-1].checksum)
 
     def _take_membership(self, entry: Entry) -> None:

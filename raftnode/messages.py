@@ -169,13 +169,33 @@ _encoder = msgspec.json.Encoder()
 _encode, _encode_lines = _encoder.encode, _encoder.encode_lines
 
 
-def check_command(command: bytes | Raw) -> None:
-    """Raise ProtocolError for a command that this node could not apply: it must not be acknowledged."""
-    match decode_command(command):
-        case PutCommand() | DeleteCommand() as change:
-            store_key(change.namespace, change.key)
+class Change(Struct, frozen=True):
+    """What a put or a delete does: from now on `value` stands under this store key, or nothing (None)."""
+
+    key: bytes
+    value: Raw | None
+
+
+Effect: TypeAlias = Change | MembersCommand | Noop
+"""What an entry does when it is carried out: only a `Change` touches the namespaces."""
+
+
+def effect_of(command: AnyCommand) -> Effect:
+    """What a command does. Raises ProtocolError for one that no node could carry out."""
+    match command:
+        case PutCommand(namespace=namespace, key=key, value=value):
+            return Change(store_key(namespace, key), value)
+        case DeleteCommand(namespace=namespace, key=key):
+            return Change(store_key(namespace, key), None)
         case MembersCommand(voters=voters, learners=learners) if not voters or voters.keys() & learners.keys():
             raise ProtocolError("bad_request", "a membership without voters, or with one who is a learner too")
+    return command
+
+
+def decode_effect(command: bytes | Raw) -> Effect:
+    """What the command of an entry does. Raises ProtocolError for one that this node could not carry out: it must not
+    be acknowledged."""
+    return effect_of(decode_command(command))
 
 
 def decode_command(command: bytes | Raw) -> AnyCommand:

@@ -14,7 +14,7 @@ from typing import Final
 
 from msgspec import Raw, Struct
 
-from raftnode.messages import DeleteCommand, Entry, PutCommand, decode_command, store_key
+from raftnode.messages import Change, Effect, Entry, decode_effect
 from raftnode.records import Record
 
 
@@ -44,26 +44,24 @@ class Namespaces:
         entry: Entry,
         on_disk: Callable[[bytes], Record | None],
         changed: Callable[[bytes], object] = lambda _key: None,
+        effect: Effect | None = None,
     ) -> Outcome:
-        """Carry out one committed entry; `changed` is told the store key of the value that it has changed."""
-        match decode_command(entry.command):
-            case PutCommand(namespace=namespace, key=key, value=value):
-                full = store_key(namespace, key)
-                before = self.find(full, on_disk)
-                created, version = (entry.commit_id, 1) if before is None else (before.created, before.version + 1)
-                changed(full)
-                self.changes[full] = Record(created, entry.commit_id, version, 0, value)
-                return Outcome(entry.commit_id, version, None if before is None else before.modified)
-            case DeleteCommand(namespace=namespace, key=key):
-                full = store_key(namespace, key)
-                before = self.find(full, on_disk)
-                if before is None:
-                    return Outcome(entry.commit_id)
-                changed(full)
-                self.changes[full] = None
-                return Outcome(entry.commit_id, replaced=before.modified)
-            case _:
-                return Outcome(entry.commit_id)
+        """Carry out one committed entry; `changed` is told the store key of the value that it has changed. `effect`:
+        what its command does, if that was decoded before."""
+        effect = effect or decode_effect(entry.command)
+        if not isinstance(effect, Change):
+            return Outcome(entry.commit_id)
+        key, value, before = effect.key, effect.value, self.find(effect.key, on_disk)
+        replaced = None if before is None else before.modified
+        if value is None:
+            if before is not None:
+                changed(key)
+                self.changes[key] = None
+            return Outcome(entry.commit_id, replaced=replaced)
+        created, version = (entry.commit_id, 1) if before is None else (before.created, before.version + 1)
+        changed(key)
+        self.changes[key] = Record(created, entry.commit_id, version, 0, value)
+        return Outcome(entry.commit_id, version, replaced)
 
     def find(self, key: bytes, on_disk: Callable[[bytes], Record | None]) -> Record | None:
         """The value under a store key, with every applied entry seen."""

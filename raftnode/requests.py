@@ -42,6 +42,7 @@ from raftnode.messages import (
     TransferLeader,
     TransferLeaderAnswer,
     check_value,
+    effect_of,
     encode_command,
     store_key,
 )
@@ -212,7 +213,7 @@ class Requests:
             command = PutCommand(namespace=message.namespace, key=message.key, value=message.value, client=client)
         else:
             command = DeleteCommand(namespace=message.namespace, key=message.key, client=client)
-        self.await_commit(self._raft.propose(encode_command(command)), arrival)
+        self.await_commit(self._raft.propose(encode_command(command), effect_of(command)), arrival)
 
     def _read(self, arrival: Arrival, message: Get) -> None:
         if message.consistency == "local":

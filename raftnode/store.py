@@ -345,7 +345,8 @@ class Store:
         assert entries[0].commit_id == self.commit_id + 1, f"{entries[0].commit_id} can't follow {self.commit_id}"
         with self._env.read() as txn:
             on_disk, apply = self._finder(txn), self.namespaces.apply
-            outcomes = [apply(entry, on_disk, self._changed) for entry in entries]
+            effects = self.journal.take_effects(entries)
+            outcomes = [apply(entry, on_disk, self._changed, e) for entry, e in zip(entries, effects, strict=True)]
         self.commit_id = entries[-1].commit_id
         self.waiting_bytes += sum([len(entry.command) for entry in entries])
         return outcomes

@@ -34,7 +34,7 @@ from raftnode.consensus.witness import History, Witness
 from raftnode.environment import check_structure, open_reader
 from raftnode.errors import ProtocolError, StoreDamaged
 from raftnode.inspection import Directory, Facts, LogRecord, StoredValue
-from raftnode.messages import GENESIS, Entry, EntryId, MembersCommand, check_command, decode_command
+from raftnode.messages import GENESIS, Entry, EntryId, MembersCommand, decode_command, decode_effect
 from raftnode.replay import Replay, Written
 
 _PAGE_TRIES: Final = 3
@@ -197,7 +197,7 @@ class _Verification:
             if self._replay is not None and entry.commit_id <= committed:
                 self._replay.apply(entry)
             else:
-                check_command(entry.command)
+                decode_effect(entry.command)
             if bytes(memoryview(entry.command)[: len(_MEMBERS)]) == _MEMBERS:
                 command = decode_command(entry.command)
                 assert isinstance(command, MembersCommand), "its kind says so"

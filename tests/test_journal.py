@@ -13,7 +13,18 @@ from msgspec import Raw
 
 from raftnode.consensus.journal import Gap, HistoryDiffers, Journal, Mark
 from raftnode.consensus.membership import Membership
-from raftnode.messages import GENESIS, Entry, EntryId, MembersCommand, chain, decode_command, encode_command
+from raftnode.messages import (
+    GENESIS,
+    Change,
+    Entry,
+    EntryId,
+    MembersCommand,
+    Noop,
+    chain,
+    decode_command,
+    decode_effect,
+    encode_command,
+)
 from raftnode.testing.network import Disk, history, put
 
 FOUNDING = Membership.founding(["1", "2", "3"])
@@ -75,13 +86,13 @@ class JournalAgainstList(RuleBasedStateMachine):
         self.committed = self.applied = 0
         self.term = 1
 
-    @rule(commands=COMMANDS, new_term=st.booleans())
-    def append(self, commands: list[Raw], new_term: bool) -> None:
-        """A leader's own entries."""
+    @rule(commands=COMMANDS, new_term=st.booleans(), are_known=st.booleans())
+    def append(self, commands: list[Raw], new_term: bool, are_known: bool) -> None:
+        """A leader's own entries; it may know already what they do."""
         self.term += new_term
         self.log = lengthened(self.log, self.term, commands)
         for command in commands:
-            self.journal.append(self.term, 7, command)
+            self.journal.append(self.term, 7, command, decode_effect(command) if are_known else None)
 
     @rule(commands=COMMANDS, place=st.floats(0, 1))
     def accept_another_history(self, commands: list[Raw], place: float) -> None:
@@ -143,7 +154,10 @@ class JournalAgainstList(RuleBasedStateMachine):
 
     @rule(place=st.floats(0, 1))
     def apply(self, place: float) -> None:
-        self.applied += round(place * (self.committed - self.applied))
+        """What is carried out is what the entries say, whatever stood in their places before."""
+        before, self.applied = self.applied, self.applied + round(place * (self.committed - self.applied))
+        entries = self.log[before : self.applied]
+        assert self.journal.take_effects(entries) == [decode_effect(entry.command) for entry in entries]
 
     @rule(count=st.sampled_from([1, 2, 5]), size=st.sampled_from([1, 200, EVERYTHING]))
     def forget(self, count: int, size: int) -> None:
@@ -258,6 +272,31 @@ def test_refused_entries_leave_no_trace() -> None:
         journal.accept(EntryId(1, 1), [good, msgspec.structs.replace(bad, commit_id=9)], 1)
     assert terms_of(journal) == [1, 1, 1]
     assert not journal.has_unwritten
+
+
+def test_what_entries_do_goes_with_the_suffix_that_is_cut() -> None:
+    """Two puts are staged, and another leader's put takes the place of the first. Then this member leads: its no-op
+    stands where the second put was, and does nothing (TRAPS 11)."""
+    journal = started(1)
+    second, third = history(1, 2, 2)[1:]
+    assert isinstance(decode_effect(third.command), Change)
+    assert journal.accept(history(1)[-1].id, [second, third], 1) == 3
+    others = lengthened(history(1), 3, [put("instead")])[1:]
+    journal.accept(history(1)[-1].id, others, 1)
+    noop = journal.append(4, 0, encode_command(Noop()))
+    assert noop.commit_id == third.commit_id
+    assert journal.take_effects([*others, noop]) == [decode_effect(put("instead")), Noop()]
+
+
+def test_what_was_checked_is_not_decoded_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A follower decodes a command when it checks it, before it acknowledges; a leader knows what it proposes."""
+    journal = started(1)
+    entries = history(1, 1, 1)[1:]
+    journal.accept(history(1)[-1].id, entries, 1)
+    entries.append(journal.append(2, 0, put("own"), decode_effect(put("own"))))
+    wanted = [decode_effect(entry.command) for entry in entries]
+    monkeypatch.setattr("raftnode.consensus.journal.decode_effect", lambda _: pytest.fail("decoded again"))
+    assert journal.take_effects(entries) == wanted
 
 
 def test_terms_never_fall_along_the_log() -> None:

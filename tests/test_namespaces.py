@@ -17,6 +17,8 @@ from raftnode.messages import (
     MembersCommand,
     Noop,
     PutCommand,
+    decode_effect,
+    effect_of,
     encode_command,
     store_key,
 )
@@ -166,6 +168,21 @@ def test_an_entry_that_nobody_understands_is_an_error() -> None:
         with pytest.raises(ProtocolError):
             namespaces.apply(Entry(1, 1, 0, 0, Raw(command)), lambda _: None)
     assert not namespaces.changes
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        put("a", b'{"b": [1.50, "\\u00e4"]}'),
+        put("\u00e4 \U0001f600", b"null", "other"),
+        delete("a", "other"),
+        Noop(),
+        MembersCommand(voters={"1": "a"}, learners={"2": ""}),
+    ],
+)
+def test_a_leader_does_what_its_followers_read(command: AnyCommand) -> None:
+    """A leader knows what it proposes, and does not decode it; the others do. It is the same."""
+    assert effect_of(command) == decode_effect(encode_command(command))
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -19,7 +19,7 @@ from typing import Protocol
 from msgspec import Raw, Struct
 
 from raftnode.consensus.membership import Membership
-from raftnode.messages import Entry, EntryId, MembersCommand, chain, check_command, decode_command
+from raftnode.messages import Effect, Entry, EntryId, MembersCommand, chain, decode_command, decode_effect
 
 _MEMBERS = b'{"kind":"members"'
 """How the command of a membership entry begins: `encode_command` always writes the kind first."""
@@ -78,6 +78,7 @@ class Journal:
         """The members in force: the newest membership entry counts from when it is appended (thesis 4.1)."""
         self._set_memberships(tuple(memberships))
         self._kept: dict[int, Entry] = {}
+        self._effects: dict[int, Effect] = {}  # of entries that are not carried out yet, as far as they were looked at
         self._kept_first = last.id.commit_id + 1
         self._kept_bytes = 0
         self._cut_from: int | None = None
@@ -150,13 +151,15 @@ class Journal:
             found.append(entry)
         return found
 
-    def append(self, term: int, time: int, command: Raw) -> Entry:
-        """A leader's own entry at the end of the log."""
+    def append(self, term: int, time: int, command: Raw, effect: Effect | None = None) -> Entry:
+        """A leader's own entry at the end of the log. `effect`: what the command does, if that is known."""
         previous = self.last.id
         assert term >= previous.term, f"terms never fall along the log: {term} after {previous.term}"
         commit_id = previous.commit_id + 1
         entry = Entry(term, commit_id, time, chain(self.last.checksum, term, commit_id, time, command), command)
         self._extend((entry,))
+        if effect is not None:
+            self._effects[commit_id] = effect
         return entry
 
     def accept(self, previous: EntryId, entries: Sequence[Entry], committed: int) -> int:
@@ -177,12 +180,21 @@ class Journal:
         if first <= committed:
             raise HistoryDiffers(f"entry {first} of term {fresh[0].term} would take the place of a committed one")
         self._check_chain(self._checksum_at(first - 1), fresh)
-        for entry in fresh:
-            check_command(entry.command)
+        effects = {entry.commit_id: decode_effect(entry.command) for entry in fresh}
         if first <= self.last.id.commit_id:
             self._cut(first)
         self._extend(fresh)
+        self._effects |= effects
         return match
+
+    def take_effects(self, entries: Sequence[Entry]) -> list[Effect]:
+        """What these entries do, now that they are carried out. What was checked before it was acknowledged is not
+        decoded again. Raises ProtocolError for an entry from disk that no version of ours wrote."""
+        known = self._effects
+        return [
+            known.pop(entry.commit_id) if entry.commit_id in known else decode_effect(entry.command)
+            for entry in entries
+        ]
 
     def _unknown(self, previous: EntryId, entries: Sequence[Entry]) -> Sequence[Entry]:
         """The entries from the first on that this log does not hold."""
@@ -245,6 +257,7 @@ class Journal:
         self.base = self.last = base
         self.written = base.id.commit_id
         self._kept.clear()
+        self._effects.clear()
         self._kept_first, self._kept_bytes, self._cut_from = base.id.commit_id + 1, 0, None
 
     def committed_membership(self, commit_id: int) -> Membership:
@@ -283,6 +296,7 @@ class Journal:
         """Take the entries from `first` on away, with the memberships that they made."""
         for commit_id in range(max(first, self._kept_first), self.last.id.commit_id + 1):
             self._kept_bytes -= self._kept.pop(commit_id).size
+            self._effects.pop(commit_id, None)
         self._kept_first = min(self._kept_first, first)
         self.last = Mark(self.id_at(first - 1), self._checksum_at(first - 1))
         while len(self.memberships) > 1 and self.membership.commit_id >= first:

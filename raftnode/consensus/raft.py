@@ -30,6 +30,7 @@ from raftnode.messages import (
     GENESIS,
     Data,
     DataAnswer,
+    Effect,
     Entry,
     EntryId,
     Heartbeat,
@@ -439,14 +440,14 @@ class Raft:
 
     # --- commands and reads of clients (leader only) ---
 
-    def propose(self, command: Raw) -> int:
-        """Append a command in this leader's term; returns its commit_id."""
+    def propose(self, command: Raw, effect: Effect | None = None) -> int:
+        """Append a command in this leader's term; returns its commit_id. `effect`: what it does, if that is known."""
         assert self.is_leader, "only a leader appends, in its own term (TRAPS 10)"
         assert not self.is_handing_over, "what is appended now would keep the successor waiting"
-        return self._append(command)
+        return self._append(command, effect)
 
-    def _append(self, command: Raw) -> int:
-        entry = self.journal.append(self.term, self._wall_ms, command)
+    def _append(self, command: Raw, effect: Effect | None = None) -> int:
+        entry = self.journal.append(self.term, self._wall_ms, command, effect)
         self.uncommitted_bytes += entry.size
         return entry.commit_id
 

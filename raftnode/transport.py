@@ -274,18 +274,20 @@ class Transport:
         for keeper in self._keepers.values():
             keeper.cancel()
         self._keepers.clear()
-        self.flush()
         wires: list[Wire] = [*self._connections, *self.links.values()]
-        for wire in wires:
-            if wire.is_open:
-                wire.transport.close()
-        for _ in range(20):
-            if not any(wire.is_open for wire in wires):
-                break
-            await asyncio.sleep(0.01)
-        for wire in wires:
-            wire.cut()
-        self.close_callers()
+        try:
+            self.flush()
+            for wire in wires:
+                if wire.is_open:
+                    wire.transport.close()
+            for _ in range(20):
+                if not any(wire.is_open for wire in wires):
+                    break
+                await asyncio.sleep(0.01)
+        finally:
+            for wire in wires:
+                wire.cut()
+            self.close_callers()
 
     # --- turns ---
 

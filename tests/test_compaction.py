@@ -131,6 +131,25 @@ def test_what_is_staged_or_not_applied_on_disk_stays(tmp_path: Path, opened: Ope
     assert (again.journal.first, again.journal.last.id.commit_id) == (5, 20)
 
 
+@pytest.mark.parametrize("missing", [1, 3, 5])
+def test_a_hole_among_the_oldest_is_not_passed_over(tmp_path: Path, opened: Opened, missing: int) -> None:
+    """An entry among those that should go is not there, as no raftnode leaves it: the last one of them stands elsewhere
+    than it should. Nothing is deleted, and the node has to stop."""
+    store = opened(tmp_path)
+    store.found(ADDRESS, MEMBERS)
+    write_one_by_one(store, 20)
+    store.close()
+    again = opened(tmp_path, log_entries=10, compaction_step=5)
+    with again._env.write() as txn:
+        assert txn.delete(records.log_key(missing), db=again._log)
+    with pytest.raises(StoreDamaged, match=r"should have entry 5 here, but it has 6") as raised:
+        again.write()
+    assert raised.value.commit_id == 5
+    again.close()
+    with pytest.raises(StoreDamaged, match="has a hole: 19 entries between 1 and 20"):
+        opened(tmp_path)
+
+
 def test_old_entries_go_in_small_steps(tmp_path: Path, opened: Opened) -> None:
     """A log that is far too long, as after its limit was lowered, shrinks by a few entries in each transaction, more of
     them the more it commits, until it has its length."""

@@ -217,6 +217,26 @@ def test_a_bad_address(plain: Callable[..., Transport]) -> None:
         plain().hello()
 
 
+def test_a_defect_at_the_end_of_a_pass_ends_the_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What follows from all that was read fails outside of the driver's turn: the state of this node can't be trusted
+    any more, so it ends with the error rather than go on. Its store is closed, and can be opened again."""
+    node = RaftNode(free_addresses(1)[0], [], 1, data_dir=tmp_path, **CALM)
+    node.start()
+    until(lambda: node.election.raft.is_leader, "it leads")
+
+    def fail() -> None:
+        raise RuntimeError("no idea what to flush")
+
+    monkeypatch.setattr(node, "flush", fail)
+    with Line(node.my_ip) as line:
+        line.file.write(b"not JSON\n")  # it is answered without a turn
+        line.file.flush()
+        with pytest.raises(RuntimeError, match="no idea what to flush"):
+            node.join(PATIENCE)
+    assert not node.is_serving
+    RaftNode(node.my_ip, [], 1, data_dir=tmp_path).close()
+
+
 def test_serving_can_be_tried_again() -> None:
     """Somebody else listens on the address, and stops: the same transport serves then. Until it does, it has no file
     open: whoever only asks others needs no loop."""

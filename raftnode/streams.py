@@ -22,6 +22,8 @@ from raftnode.passes import PassSelector
 
 READ, WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _NOT_NOW: Final = (BlockingIOError, InterruptedError)
+_HIGH: Final = 64 * 1024
+"""Bytes that may be unsent, unless the protocol says otherwise; as asyncio has it."""
 _ACCEPT_AGAIN_S: Final = 1.0
 """After the system had nothing left to accept a connection with, an open file say."""
 
@@ -44,7 +46,6 @@ class Stream(asyncio.Transport):
         self._buffer = buffer
         self._loop = asyncio.get_running_loop()
         self._unsent = bytearray()
-        self._high = self._low = 0
         self._watched = 0
         self._is_reading = True
         self._is_held_up = False
@@ -53,6 +54,7 @@ class Stream(asyncio.Transport):
         self._is_over = False
         """The protocol hears of its end next."""
         self._ends_sending = False
+        self.set_write_buffer_limits()
         try:
             protocol.connection_made(self)
         except Exception as error:
@@ -149,7 +151,7 @@ class Stream(asyncio.Transport):
 
     def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
         """The protocol is told when more than `high` bytes are unsent, and when not more than `low` are any more."""
-        self._high = 0 if high is None else high
+        self._high = _HIGH if high is None else high
         self._low = self._high // 4 if low is None else low
 
     def get_write_buffer_size(self) -> int:

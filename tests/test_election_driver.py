@@ -39,7 +39,7 @@ from raftnode.errors import (
     StoreOwned,
     Unavailable,
 )
-from raftnode.mailbox import Arrival, Cut, Letter, Reply
+from raftnode.mailbox import Arrival, Cut, Greeting, Letter, Reply
 from raftnode.messages import (
     GENESIS,
     AddPeer,
@@ -57,6 +57,7 @@ from raftnode.messages import (
     Heartbeat,
     HeartbeatAnswer,
     Hello,
+    HelloAnswer,
     Noop,
     Ping,
     Put,
@@ -815,6 +816,48 @@ def test_a_local_read_of_a_store_that_fails_is_for_the_turn(
     bench.store.end_view()
     monkeypatch.setattr(bench.store._env, "read", fail)
     assert bench.election.answer_at_once(message) is None
+
+
+class Dialled:
+    """Our end of a link to `peer`, which has refused our hello."""
+
+    def __init__(self, peer: str) -> None:
+        self.peer = peer
+        self.is_cut = False
+
+    def admit(self) -> None:
+        raise AssertionError("it was refused")
+
+    def cut(self) -> None:
+        self.is_cut = True
+
+
+def refused(bench: Bench, peer: str, code: str, membership: EntryId, known_as: str = "") -> None:
+    """`peer` answers our hello: by this membership we are no member, or another node is the one at our address."""
+    link, detail = Dialled(peer), ErrorDetail(code, "not so")
+    bench.letter(Greeting(link, HelloAnswer(data=False, error=detail, membership=membership, known_as=known_as)))
+    bench.turn()
+    assert link.is_cut
+
+
+def was_told_of_its_removal(caplog: pytest.LogCaptureFixture) -> bool:
+    return any("was removed by entry" in record.getMessage() for record in caplog.records)
+
+
+def test_a_lost_disk_is_not_taken_for_a_removal(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """A node with a new disk learns from one member that its address is that of another node. The next member says the
+    same, by a newer membership. That is no news, and nobody has removed it: its operator must not be told so."""
+    refused(bench, B, "wrong_node", GENESIS, known_as="the node before")
+    assert "disk_was_lost" in caplog.text
+    refused(bench, C, "wrong_node", EntryId(1, 9), known_as="the node before")
+    assert not was_told_of_its_removal(caplog)
+
+
+def test_who_is_removed_says_so(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """A node that has kept its disk is told by one that goes by a newer membership: that is a removal."""
+    refused(bench, C, "not_member", EntryId(1, 9))
+    assert was_told_of_its_removal(caplog)
+    assert bench.raft.is_outside
 
 
 def test_a_member_that_stops_is_no_trouble(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

@@ -49,9 +49,10 @@ and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` 
 makes it durable, the followers' answers commit it, `Namespaces.apply` carries it out, and `Connection.answer` tells the
 client.
 
-**Where to put the next feature**: a new message or command kind begins in `messages`; what a command does to the state
-in `namespaces`; a consensus rule in `consensus`, with its paper test; what a client may ask in `requests`; a record on
-disk in `records`. Sessions have their place in `namespaces`, beside the effects.
+**Where to put the next feature**: a new message or command kind begins in `messages` (what a command does is an
+`Effect` there); how that changes the state in `namespaces`; a consensus rule in `consensus`, with its paper test; what
+a client may ask in `requests`; a record on disk in `records`. Sessions have their place in `namespaces`, beside the
+effects.
 
 **How the members change**: `consensus.changes` says what a change may be and what comes next, `consensus.raft` when one
 may be made, `consensus.journal` takes it from the log (in force when appended, gone when cut), `members` carries out

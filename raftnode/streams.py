@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import selectors
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Final
 
 from raftnode.passes import PassSelector
@@ -250,7 +251,7 @@ class Listener:
             except (*_NOT_NOW, ConnectionAbortedError):
                 return
             except OSError as error:
-                self._log.warning("can't_accept", extra={"why": str(error)})
+                self._log.warning("accept_failed", extra={"why": str(error)})
                 self._loop.remove_reader(one)
                 self._loop.call_later(_ACCEPT_AGAIN_S, self._accept_again, one)
                 return
@@ -269,16 +270,24 @@ class Listener:
 
 
 async def listen(host: str, port: int, backlog: int) -> list[socket.socket]:
-    """A listening socket for each address that `host` has; the kernel keeps `backlog` connections that wait to be
-    accepted. Raises OSError."""
+    """A listening socket for each address that `host` has, of those kinds that this system knows; the kernel keeps
+    `backlog` connections that wait to be accepted. Raises OSError."""
     listening: list[socket.socket] = []
+    unknown = OSError(f"{host} has no address")
     try:
         for family, _, _, _, address in await _addresses(host, port):
-            listening.append(socket.create_server(address, family=family, backlog=backlog))
+            try:
+                listening.append(socket.create_server(address, family=family, backlog=backlog))
+            except OSError as error:
+                if error.errno != errno.EAFNOSUPPORT:
+                    raise
+                unknown = error  # a name such as localhost has an IPv6 address, and the system has no IPv6
     except BaseException:
         for one in listening:
             one.close()
         raise
+    if not listening:
+        raise unknown
     return listening
 
 
@@ -302,9 +311,11 @@ async def connect(host: str, port: int) -> socket.socket:
 
 
 async def _addresses(host: str, port: int) -> list[tuple[Any, ...]]:
-    """What `host` stands for. What is an address itself needs no thread to be looked up."""
+    """What `host` stands for, each address once: a name may be told with one of them twice. What is an address itself
+    needs no thread to be looked up."""
+    found: Sequence[tuple[Any, ...]]
     try:
-        return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST))
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
         found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        return list(found)
+    return list(dict.fromkeys(found))

@@ -215,8 +215,10 @@ class Transport:
             self.fill_mailbox()
             if self._driver is not None:
                 self._driver.end()
-            await self._close_all()
-            self._loop = None
+            try:
+                await self._close_all()
+            finally:
+                self._loop = None
 
     async def _listen(self) -> Listener:
         host, port = parse_address(self.listen)

@@ -377,7 +377,7 @@ def test_nothing_left_to_accept_with(monkeypatch: pytest.MonkeyPatch, caplog: py
 
     with caplog.at_level(logging.WARNING, "raftnode.transport"):
         assert run(story()) == 0
-    assert [record.message for record in caplog.records] == ["can't_accept"] * 3
+    assert [record.message for record in caplog.records] == ["accept_failed"] * 3
 
 
 def test_listening_and_connecting() -> None:
@@ -401,6 +401,33 @@ def test_listening_and_connecting() -> None:
 
     for host in ("127.0.0.1", "::1", "localhost"):
         run(story(host))
+
+
+def test_a_name_with_odd_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The resolver tells one address twice, as glibc does of localhost where there is no IPv6, and one of a kind that
+    this system does not know. The node listens on what there is; with nothing left it says what is wrong."""
+
+    def told(host: str, port: int, **_: Any) -> list[tuple[Any, ...]]:
+        known = (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", port))
+        unknown = (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("::1", port, 0, 0))
+        return [unknown, known, known] if host == "both" else [unknown]
+
+    create = socket.create_server
+
+    def without_ipv6(address: Any, *, family: int, backlog: int) -> socket.socket:
+        if family == socket.AF_INET6:
+            raise OSError(errno.EAFNOSUPPORT, "Address family not supported by protocol")
+        return create(address, family=family, backlog=backlog)
+
+    monkeypatch.setattr(socket, "getaddrinfo", told)
+    monkeypatch.setattr(socket, "create_server", without_ipv6)
+    with create(("127.0.0.1", 0)) as spare:
+        port = spare.getsockname()[1]
+    (listening,) = run(listen("both", port, backlog=1))
+    with listening:
+        assert listening.getsockname() == ("127.0.0.1", port)
+    with pytest.raises(OSError, match="family not supported"):
+        run(listen("ipv6 only", port, backlog=1))
 
 
 def test_who_can_not_be_found() -> None:

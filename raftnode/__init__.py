@@ -5,7 +5,7 @@
     0  facts        config (settings, roles), errors (one tree), messages (wire and log schema, limits, codec)
     1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
                     messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
-                    mailbox (what the queue holds)
+                    cache (values that were read lately), mailbox (what the queue holds)
     2  effects      store (with environment: files and LMDB, compaction: where the log begins, states: where a snapshot
                     comes in, primary: a given leader) | transport (with connections: the loop's two kinds, streams:
                     their sockets, passes: of the loop, blocking: for other threads) | log. None of the three knows
@@ -26,7 +26,8 @@
     term and vote           consensus.Raft.ballot; on disk before any message that depends on it
     the log                 consensus.journal.Journal: what is staged, written, committed; the store keeps its bytes
     commit_id               consensus.Raft decides it; Store.commit_id is how far it has been applied
-    the namespaces          Store: LMDB, and over it the effects that are applied but not in a transaction yet
+    the namespaces          Store: LMDB, and over it the effects that are applied but not in a transaction yet; what it
+                            keeps of LMDB in memory is only what has not changed since
     the membership          the log (Journal.membership); never who answers. Transport.live is only who answers
     who a member is         address and node id together; the ids are bound by the handshake, kept in the membership
     what others promised    consensus.witness; kept in the store, told in the handshake

@@ -32,6 +32,7 @@ import msgspec
 from msgspec import UNSET
 
 from raftnode import primary, records
+from raftnode.cache import Cache
 from raftnode.compaction import Retention
 from raftnode.config import Settings
 from raftnode.consensus.ballot import Ballot
@@ -106,6 +107,7 @@ class Store:
         self.owner: object | None = None
         """The election that alone may write; None while the caller does."""
         self.namespaces = Namespaces()
+        self._cache = Cache(self.settings.cache_bytes)
         self.syncs = 0
         """Transactions written since the start."""
         self.trackers: list[Callable[[bytes], object]] = []
@@ -352,12 +354,20 @@ class Store:
         return outcomes
 
     def _changed(self, key: bytes) -> None:
+        self._cache.drop(key)
         for track in self.trackers:
             track(key)
 
     def find(self, key: bytes) -> records.Record | None:
         """The value under a store key, with everything applied; `end_view` follows. Raises StoreDamaged."""
-        return self.namespaces.find(key, self._view())
+        return self.namespaces.find(key, self._read)
+
+    def _read(self, key: bytes) -> records.Record | None:
+        """What the disk has under a store key, from memory if it was read lately."""
+        record = self._cache.get(key)
+        if record is None and (record := self._view()(key)) is not None:
+            self._cache.keep(key, record)
+        return record
 
     def _view(self) -> Finder:
         """One view of the disk for all that `find` looks up between two transactions: to make one takes as long as to
@@ -447,6 +457,8 @@ class Store:
         if effects:
             self.commit_id_on_disk, self.waiting_bytes = self.commit_id, 0
             self.namespaces.changes.clear()
+        if has_installed:
+            self._cache.clear()
         self.journal.mark_written()
         return has_installed
 

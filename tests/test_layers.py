@@ -14,7 +14,7 @@ PACKAGE = Path(raftnode.__file__).parent
 
 LAYERS: dict[str, set[str]] = {
     "0 facts": {"config", "errors", "messages", "version"},
-    "1 pure": {"consensus", "framing", "mailbox", "namespaces", "records", "replay"},
+    "1 pure": {"cache", "consensus", "framing", "mailbox", "namespaces", "records", "replay"},
     "2 store": {"compaction", "environment", "primary", "states", "store"},
     "2 transport": {"blocking", "connections", "passes", "streams", "transport"},
     "2 log": {"log"},
@@ -46,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
 }
 BESIDE = "testing"
 
-PURE = {"consensus", "framing", "namespaces", "records", "replay"}
+PURE = {"cache", "consensus", "framing", "namespaces", "records", "replay"}
 PURE_IMPORTS = {
     "__future__",
     "collections",

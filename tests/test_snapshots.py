@@ -42,6 +42,7 @@ from raftnode.messages import (
     decode_request,
     encode,
     encode_command,
+    store_key,
 )
 from raftnode.replay import Replay
 from raftnode.snapshots import Overflow, Transfer
@@ -585,6 +586,30 @@ def test_a_value_that_was_changed_on_its_way_is_refused(a_leader: Callable[..., 
     with pytest.raises(ProtocolError, match="checksum"):
         check_chunk(message)
     check_chunk(Snapshot(term=1, leader="a:1", transfer=1, seq=1, records=[record]))
+
+
+def test_what_was_read_before_a_snapshot_is_read_anew(tmp_path: Path, a_leader: Callable[..., Store]) -> None:
+    """A member keeps in memory what it has read. The snapshot brings another value of one key, and lacks the other."""
+    store = a_leader()
+    for command in (put_of("changed", 10), put_of("changed", 20)):
+        stage(store, command)
+    store.apply(store.journal.entries(1, 2, GIB))
+    receiver = Receiver(tmp_path / "receiver", Settings())
+    changed, gone = store_key("default", "changed"), store_key("default", "gone")
+    receiver.store.namespaces.changes.update({key: records.Record(1, 1, 1, 0, Raw(b"1")) for key in (changed, gone)})
+    receiver.store.write()
+    for _ in range(2):
+        assert [receiver.store.find(key) for key in (changed, gone)] == [records.Record(1, 1, 1, 0, Raw(b"1"))] * 2
+    part = Transfer(store).next(1000)
+    message = Snapshot(term=1, leader="a:1", transfer=1, seq=1, records=part.records, end=part.end)
+    answer = receiver.take(message, dies=False)
+    assert answer is not None
+    assert answer.match == 2
+    found = receiver.store.find(changed)
+    assert found is not None
+    assert (found.modified, found.version) == (2, 2)
+    assert receiver.store.find(gone) is None
+    receiver.store.close()
 
 
 def test_an_old_state_is_emptied_in_small_steps(tmp_path: Path, a_leader: Callable[..., Store]) -> None:

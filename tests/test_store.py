@@ -321,8 +321,9 @@ def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -
 def test_what_is_found_is_the_newest_before_and_after_a_transaction(
     opened: Callable[..., Store], tmp_path: Path
 ) -> None:
-    """All that is looked up between two transactions shares one view of the disk. What is applied lies over it, and a
-    transaction, which takes that away, ends it."""
+    """All that is looked up between two transactions shares one view of the disk, and what was found there is kept in
+    memory. What is applied lies over it; a transaction, which takes that away, ends the view, and what has changed is
+    looked up anew."""
     store = opened(tmp_path)
     store.found(ADDRESS, MEMBERS)
     key = store_key("default", "k")
@@ -335,7 +336,8 @@ def test_what_is_found_is_the_newest_before_and_after_a_transaction(
         assert (found.version, bytes(found.value)) == (number, json.dumps(str(number)).encode())
         store.write()
         assert not store.namespaces.changes
-        assert store.find(key) == found
+        assert [store.find(key) for _ in range(3)] == [found] * 3
+        assert len(store._cache) == 1
 
 
 def test_what_was_not_written_is_not_there(tmp_path: Path, opened: Callable[..., Store]) -> None:
@@ -1131,6 +1133,9 @@ def agree(store: Store, model: Model) -> None:
     for n in range(8):
         answer = store.get({"key": f"key-{n}"})
         where = "default", f"key-{n}"
+        kept = store.find(store_key(*where))  # may come from memory
+        assert answer["version"] == (0 if kept is None else kept.version)
+        assert answer["value"] == (None if kept is None else json.loads(bytes(kept.value)))
         if where in values:
             created, modified, version, value = values[where]
             assert (answer["created"], answer["modified"], answer["version"]) == (created, modified, version)

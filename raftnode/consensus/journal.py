@@ -19,10 +19,7 @@ from typing import Protocol
 from msgspec import Raw, Struct
 
 from raftnode.consensus.membership import Membership
-from raftnode.messages import Effect, Entry, EntryId, MembersCommand, chain, decode_command, decode_effect
-
-_MEMBERS = b'{"kind":"members"'
-"""How the command of a membership entry begins: `encode_command` always writes the kind first."""
+from raftnode.messages import Effect, Entry, EntryId, MembersCommand, chain, decode_effect
 
 
 class LogReader(Protocol):
@@ -157,9 +154,7 @@ class Journal:
         assert term >= previous.term, f"terms never fall along the log: {term} after {previous.term}"
         commit_id = previous.commit_id + 1
         entry = Entry(term, commit_id, time, chain(self.last.checksum, term, commit_id, time, command), command)
-        self._extend((entry,))
-        if effect is not None:
-            self._effects[commit_id] = effect
+        self._extend((entry,), (effect or decode_effect(command),))
         return entry
 
     def accept(self, previous: EntryId, entries: Sequence[Entry], committed: int) -> int:
@@ -180,11 +175,10 @@ class Journal:
         if first <= committed:
             raise HistoryDiffers(f"entry {first} of term {fresh[0].term} would take the place of a committed one")
         self._check_chain(self._checksum_at(first - 1), fresh)
-        effects = {entry.commit_id: decode_effect(entry.command) for entry in fresh}
+        effects = [decode_effect(entry.command) for entry in fresh]
         if first <= self.last.id.commit_id:
             self._cut(first)
-        self._extend(fresh)
-        self._effects |= effects
+        self._extend(fresh, effects)
         return match
 
     def take_effects(self, entries: Sequence[Entry]) -> list[Effect]:
@@ -278,19 +272,19 @@ class Journal:
         while len(self.memberships) > 1 and self.memberships[1].commit_id <= settled:
             self._set_memberships(self.memberships[1:])
 
-    def _extend(self, entries: Sequence[Entry]) -> None:
-        kept = self._kept
-        for entry in entries:
-            kept[entry.commit_id] = entry
-            if memoryview(entry.command)[: len(_MEMBERS)] == _MEMBERS:
-                self._take_membership(entry)
-        self._kept_bytes += sum([len(entry.command) for entry in entries])
+    def _extend(self, entries: Sequence[Entry], effects: Sequence[Effect]) -> None:
+        for entry, effect in zip(entries, effects, strict=True):
+            self._kept[entry.commit_id] = entry
+            self._effects[entry.commit_id] = effect
+            self._kept_bytes += len(entry.command)
+            if type(effect) is MembersCommand:
+                self._take_membership(Membership.of(entry.id, effect))
         self.last = Mark(entries[-1].id, entries[-1].checksum)
 
-    def _take_membership(self, entry: Entry) -> None:
+    def _take_membership(self, membership: Membership) -> None:
         """A node that joins has the membership of that day from the beginning, and then passes through older ones."""
-        if entry.commit_id > self.memberships[0].commit_id:
-            self._set_memberships((*self.memberships, _membership_of(entry).knowing(self.membership)))
+        if membership.commit_id > self.memberships[0].commit_id:
+            self._set_memberships((*self.memberships, membership.knowing(self.membership)))
 
     def _cut(self, first: int) -> None:
         """Take the entries from `first` on away, with the memberships that they made."""
@@ -332,9 +326,3 @@ class Journal:
                     f"entry {entry.commit_id} of term {entry.term}: checksum {entry.checksum:08x} from the leader, "
                     f"{checksum:08x} here"
                 )
-
-
-def _membership_of(entry: Entry) -> Membership:
-    command = decode_command(entry.command)
-    assert isinstance(command, MembersCommand), "an entry that begins like a membership is one"
-    return Membership.of(entry.id, command)

@@ -121,6 +121,7 @@ class Options(Struct, frozen=True, kw_only=True):
                 snapshot_tracked_keys=short([1, 3, 200_000]),
                 map_bytes=256 * MIB,
                 reserve_bytes=64 * KIB,
+                cache_bytes=random.Random(f"cache {seed}").choice([1, 10_000, 32 * MIB]),
             ),
             delay_ms=pick([0.05, 0.5, 3]),
             jitter_ms=pick([0.1, 1, 5]),

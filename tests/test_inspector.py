@@ -715,7 +715,7 @@ def test_entry_in_the_wrong_place(story: Path) -> None:
 def test_command_of_a_newer_version(tmp_path: Path) -> None:
     """An entry that matches its checksum, but whose command this version does not know, is shown as far as it goes."""
     store = new_store(tmp_path)
-    store.journal.append(3, TIME, Raw(b'{"kind":"lease","ttl":5}'))
+    store.journal.append(3, TIME, Raw(b'{"kind":"lease","ttl":5}'), Noop())  # that version knows what it does
     store.write()
     store.close()
     result = inspect("log", tmp_path, "--json", "--values")

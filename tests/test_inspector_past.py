@@ -439,7 +439,7 @@ def test_state_at_with_a_command_of_a_newer_version(tmp_path: Path) -> None:
     told; the rest is shown. Status 4."""
     store = new_store(tmp_path)
     store.journal.append(3, TIME, encode_command(PutCommand(namespace="default", key="k", value=Raw(b"1"))))
-    store.journal.append(3, TIME, Raw(b'{"kind":"lease","ttl":5}'))
+    store.journal.append(3, TIME, Raw(b'{"kind":"lease","ttl":5}'), Noop())  # that version knows what it does
     store.write()
     store.close()
     change(tmp_path, records.META, lambda txn, db: txn.put(b"commit_id", records.pack_meta(b"commit_id", 2), db=db))

@@ -149,7 +149,8 @@ class Journal:
         return found
 
     def append(self, term: int, time: int, command: Raw, effect: Effect | None = None) -> Entry:
-        """A leader's own entry at the end of the log. `effect`: what the command does, if that is known."""
+        """A leader's own entry at the end of the log. `effect`: what the command does, if that is known; else it is
+        decoded, and a ProtocolError raised for a command that this node could not carry out."""
         previous = self.last.id
         assert term >= previous.term, f"terms never fall along the log: {term} after {previous.term}"
         commit_id = previous.commit_id + 1

@@ -248,6 +248,10 @@ class Environment:
         )
         return self._failure
 
+    def check(self) -> None:
+        """Raises StoreFailed after a write that failed, and StoreClosed when it is closed."""
+        self._usable()
+
     def _usable(self) -> lmdb.Environment:
         if self._failure is not None:
             raise StoreFailed(str(self._failure))

@@ -359,7 +359,9 @@ class Store:
             track(key)
 
     def find(self, key: bytes) -> records.Record | None:
-        """The value under a store key, with everything applied; `end_view` follows. Raises StoreDamaged."""
+        """The value under a store key, with everything applied; `end_view` follows. Raises StoreDamaged; StoreFailed
+        and StoreClosed also for what is in memory."""
+        self._env.check()
         return self.namespaces.find(key, self._read)
 
     def _read(self, key: bytes) -> records.Record | None:

@@ -366,9 +366,14 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     """Use after close is StoreClosed, not an error of LMDB or a crash; a second close does nothing."""
     store = Store("database", tmp_path)
     store.found(ADDRESS, MEMBERS)
+    stage(store, put_command("a", "one"))
+    commit(store, 1)
+    key = store_key("default", "a")
+    assert store.find(key) is not None
     store.close()
     store.close()
-    for use in (store.write, store.sizes, store.clear_dead_readers, lambda: store.get({"key": "a"})):
+    uses = (store.write, store.sizes, store.clear_dead_readers, lambda: store.get({"key": "a"}))
+    for use in (*uses, lambda: store.find(key)):
         with pytest.raises(StoreClosed):
             use()
 
@@ -914,8 +919,11 @@ def test_an_error_inside_a_write_leaves_nothing_half_done(
     more")."""
     store = opened(tmp_path)
     store.found(ADDRESS, MEMBERS)
-    stage(store, put_command("a", "one"))
+    stage(store, put_command("a", "one"), put_command("b", "one"))
+    commit(store, 1)
     before = state_of(store)
+    read = store_key("default", "a")
+    assert store.find(read) is not None  # and it is in memory now
 
     def defect(_: object) -> None:
         raise RuntimeError("a defect")
@@ -929,6 +937,8 @@ def test_an_error_inside_a_write_leaves_nothing_half_done(
         store.write()
     with pytest.raises(StoreFailed):
         store.get({"key": "a"})
+    with pytest.raises(StoreFailed):
+        store.find(read)
     store.close()
     check_recovered(tmp_path, [before])
 

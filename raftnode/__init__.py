@@ -5,7 +5,7 @@
     0  facts        config (settings, roles), errors (one tree), messages (wire and log schema, limits, codec)
     1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
                     messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
-                    cache (values that were read lately), mailbox (what the queue holds)
+                    cache (values that are read again), mailbox (what the queue holds)
     2  effects      store (with environment: files and LMDB, compaction: where the log begins, states: where a snapshot
                     comes in, primary: a given leader) | transport (with connections: the loop's two kinds, streams:
                     their sockets, passes: of the loop, blocking: for other threads) | log. None of the three knows

@@ -109,7 +109,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     room_check_ms: int = 200
     """How often room is looked at; it is looked at sooner when much has been written."""
     cache_bytes: int = 32 * MIB
-    """Values that were read lately are kept in memory, so many bytes of them."""
+    """Values that are read more than once are kept in memory, so many bytes of them: those that were read last."""
     flush_entries: int = 512
     """Effects of committed entries go to a leader's disk once in so many entries, to a follower's once in four times as
     many, so that a page which several of them change is written once; the members take turns. They are durable as log

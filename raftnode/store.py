@@ -365,7 +365,7 @@ class Store:
         return self.namespaces.find(key, self._read)
 
     def _read(self, key: bytes) -> records.Record | None:
-        """What the disk has under a store key, from memory if it was read lately."""
+        """What the disk has under a store key, from memory if it is read again and again."""
         record = self._cache.get(key)
         if record is None and (record := self._view()(key)) is not None:
             self._cache.keep(key, record)

@@ -369,7 +369,8 @@ def test_a_closed_store_says_so(tmp_path: Path) -> None:
     stage(store, put_command("a", "one"))
     commit(store, 1)
     key = store_key("default", "a")
-    assert store.find(key) is not None
+    assert store.find(key) == store.find(key)  # and it is in memory now
+    assert len(store._cache) == 1
     store.close()
     store.close()
     uses = (store.write, store.sizes, store.clear_dead_readers, lambda: store.get({"key": "a"}))
@@ -923,7 +924,8 @@ def test_an_error_inside_a_write_leaves_nothing_half_done(
     commit(store, 1)
     before = state_of(store)
     read = store_key("default", "a")
-    assert store.find(read) is not None  # and it is in memory now
+    assert store.find(read) == store.find(read)  # and it is in memory now
+    assert len(store._cache) == 1
 
     def defect(_: object) -> None:
         raise RuntimeError("a defect")

@@ -81,7 +81,6 @@ class Options(Struct, frozen=True, kw_only=True):
         heartbeat = pick([20, 50, 100])
         low = heartbeat * pick([3, 5, 10])
         calm = chance.random() < 0.3
-        short = random.Random(f"short logs {seed}").choice  # of its own, so that older seeds draw what they drew
         kinds = {kind: weight for kind, weight in KINDS.items() if chance.random() < 0.6} or dict(KINDS)
         kinds |= cls._draw_churn(seed)
         return cls(
@@ -90,39 +89,7 @@ class Options(Struct, frozen=True, kw_only=True):
             clients=pick([1, 3, 6, 12]),
             keys=pick([1, 2, 5]),
             elections=pick([10, 20]),
-            settings=Settings(
-                heartbeat_ms=heartbeat,
-                election_low_ms=low,
-                election_high_ms=2 * low,
-                request_timeout_ms=low * pick([2, 5, 20]),
-                stop_grace_ms=low,
-                mailbox_batches=pick([1, 4, 4096, 4096]),
-                waiting_requests=pick([1, 3, 20_000, 20_000]),
-                uncommitted_bytes=pick([1, 500, 64 * MIB, 64 * MIB]),
-                batch_entries=pick([1, 2, 5, 1024, 1024]),
-                batch_bytes=pick([1, 500, MIB, MIB]),
-                window_batches=pick([1, 1, 2, 8]),
-                kept_entries=pick([1, 5, 20_000]),
-                kept_bytes=pick([1, 500, 32 * MIB]),
-                flush_delay_ms=pick([1, 50, 200]),
-                flush_entries=pick([1, 3, 512]),
-                flush_bytes=pick([1, 500, 4 * MIB]),
-                stall_timeout_ms=low * pick([2, 5]),
-                reconnect_ms=pick([1, 20, 100]),
-                reconnect_high_ms=pick([20, 100, 500]),
-                reader_check_ms=pick([1, 5000]),
-                log_entries=short([1, 2, 5, 30, 100_000]),
-                log_bytes=short([1, 300, 5000, 64 * MIB]),
-                compaction_step=short([1, 64]),
-                compaction_bytes=short([1, MIB]),
-                sweep_keys=short([1, 1000]),
-                snapshot_chunk_bytes=short([1, 100, 256 * KIB]),
-                snapshot_bytes_per_s=short([10_000, 32 * MIB]),
-                snapshot_tracked_keys=short([1, 3, 200_000]),
-                map_bytes=256 * MIB,
-                reserve_bytes=64 * KIB,
-                cache_bytes=random.Random(f"cache {seed}").choice([1, 10_000, 32 * MIB]),
-            ),
+            settings=cls._draw_settings(seed, pick, heartbeat, low),
             delay_ms=pick([0.05, 0.5, 3]),
             jitter_ms=pick([0.1, 1, 5]),
             turn_delay_ms=pick([0, 0.2, 2]),
@@ -137,6 +104,46 @@ class Options(Struct, frozen=True, kw_only=True):
             fault_pause=pick([0.3, 1, 3]),
             fault_span=pick([0.3, 1, 3]),
             faults=kinds,
+        )
+
+    @staticmethod
+    def _draw_settings(seed: int, pick: Callable[[list[int]], int], heartbeat: int, low: int) -> Settings:
+        """`low`: the least election timeout. What came later is drawn by chances of its own, so that older seeds draw
+        what they drew."""
+        short = random.Random(f"short logs {seed}").choice
+        cached = random.Random(f"cache {seed}").choice
+        return Settings(
+            heartbeat_ms=heartbeat,
+            election_low_ms=low,
+            election_high_ms=2 * low,
+            request_timeout_ms=low * pick([2, 5, 20]),
+            stop_grace_ms=low,
+            mailbox_batches=pick([1, 4, 4096, 4096]),
+            waiting_requests=pick([1, 3, 20_000, 20_000]),
+            uncommitted_bytes=pick([1, 500, 64 * MIB, 64 * MIB]),
+            batch_entries=pick([1, 2, 5, 1024, 1024]),
+            batch_bytes=pick([1, 500, MIB, MIB]),
+            window_batches=pick([1, 1, 2, 8]),
+            kept_entries=pick([1, 5, 20_000]),
+            kept_bytes=pick([1, 500, 32 * MIB]),
+            flush_delay_ms=pick([1, 50, 200]),
+            flush_entries=pick([1, 3, 512]),
+            flush_bytes=pick([1, 500, 4 * MIB]),
+            stall_timeout_ms=low * pick([2, 5]),
+            reconnect_ms=pick([1, 20, 100]),
+            reconnect_high_ms=pick([20, 100, 500]),
+            reader_check_ms=pick([1, 5000]),
+            log_entries=short([1, 2, 5, 30, 100_000]),
+            log_bytes=short([1, 300, 5000, 64 * MIB]),
+            compaction_step=short([1, 64]),
+            compaction_bytes=short([1, MIB]),
+            sweep_keys=short([1, 1000]),
+            snapshot_chunk_bytes=short([1, 100, 256 * KIB]),
+            snapshot_bytes_per_s=short([10_000, 32 * MIB]),
+            snapshot_tracked_keys=short([1, 3, 200_000]),
+            map_bytes=256 * MIB,
+            reserve_bytes=64 * KIB,
+            cache_bytes=cached([1, 10_000, 32 * MIB]),
         )
 
     @staticmethod

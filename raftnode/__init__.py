@@ -15,8 +15,8 @@
                     snapshots (the state on its way to a member that lacks entries), backups (to a
                     client), flushing (when effects go to the disk)
     4  node         raftnode (assembles, owns the life of a node), joining (how it becomes a member), client
-    5  faces        cli, inspector (reading: inspection, selection, past; printing: output, lines, about, table,
-                    supervised; comparing: its commands about whole directories, with verification, survey,
+    5  faces        cli, inspector (reading: inspection, overlay, selection, past; printing: output, lines, about,
+                    table, supervised; comparing: its commands about whole directories, with verification, survey,
                     comparison, chronology); upkeep of a stopped node's directory: repair, recover,
                     shrink, archive (backups)
     beside          testing/: for our tests and for those of programs that embed a node; the product never imports it
@@ -41,9 +41,9 @@
 and answer clients whose entries a majority holds; one LMDB transaction, synced, with ballot and entries; send what
 promises that something is on disk. While the disk syncs, the kernel's buffers collect the next batch: that is the group
 commit. A leader's entries wait for it until they are sent to somebody, as their copies are written side by side. The
-effects of what has committed, and commit_id with them, go to the disk when many have collected or after
-`flush_delay_ms` (`flushing` tells when): until then the log has them, and reads see them in memory. Local reads need no
-turn.
+effects of what has committed, and commit_id with them, begin to go to the disk when many have collected, some with each
+transaction (`flushing` tells when and how many): until then the log has them, and reads see them in memory. Local reads
+need no turn.
 
 **The way of a put**: `connections.Connection` frames and decodes it, `mailbox` carries it, `requests.Requests` checks
 and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` sends it to the followers, `Store.write`

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
 from raftnode.inspection import Directory, NamespaceSize
+from raftnode.namespaces import Behind
 from raftnode.output import Output, Point, human, or_dash, utc
 from raftnode.table import Column, escape
 
@@ -29,6 +30,7 @@ class NodeLine(Struct, tag_field="record", tag="node", kw_only=True):
     term: int | None
     voted_for: str | None
     commit_id: int | None
+    behind: dict[str, Any] | None
     entries: int
     staged: int | None
     first_kept: Point | None
@@ -64,6 +66,7 @@ def node_line(opened: Directory) -> NodeLine:
         term=None if facts.ballot is None else facts.ballot.term,
         voted_for=None if facts.ballot is None else facts.ballot.voted_for,
         commit_id=facts.commit_id,
+        behind=None if facts.behind is None else _split(facts.behind),
         entries=opened.kept,
         staged=None if facts.commit_id is None else max(0, opened.last - facts.commit_id),
         first_kept=_point(opened, opened.first, damage),
@@ -81,6 +84,11 @@ def node_line(opened: Directory) -> NodeLine:
     if damage:
         line.damaged, line.reason = True, "; ".join(dict.fromkeys(damage))
     return line
+
+
+def _split(behind: Behind) -> dict[str, Any]:
+    namespace, _, key = behind.key.partition("\0")
+    return {"after": behind.after, "namespace": namespace, "key": key}
 
 
 def namespace_line(path: Path, size: NamespaceSize) -> NamespaceLine:
@@ -144,6 +152,7 @@ def _rows(line: NodeLine) -> Iterator[tuple[str, str]]:
     yield "term", or_dash(line.term)
     yield "voted for", line.voted_for or "- (the vote is free)"
     yield "commit_id", f"{or_dash(line.commit_id)} committed on disk"
+    yield "flush", "none under way" if line.behind is None else _flush_text(line.behind)
     yield "staged", f"{or_dash(line.staged)} entries"
     yield "log", f"{line.entries} entries kept"
     for title, point in (("first kept", line.first_kept), ("last", line.last)):
@@ -160,6 +169,12 @@ def _rows(line: NodeLine) -> Iterator[tuple[str, str]]:
     for reader in line.readers:
         holds = "idle" if reader["txn"] is None else f"reads snapshot {reader['txn']}"
         yield "readers", f"process {reader['pid']}, {holds}"
+
+
+def _flush_text(behind: dict[str, Any]) -> str:
+    """How far the values have come on disk."""
+    where = f"{behind['key']!r} in namespace {behind['namespace']!r}"
+    return f"under way: on disk the values from {where} on are as of commit_id {behind['after']}"
 
 
 def _member_rows(membership: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -4,11 +4,11 @@ The log keeps `log_entries` entries, or `log_bytes` of them, behind commit_id; t
 where the kept log begins, its *base*, is a fact of the node: id and rolling checksum of the newest entry that is gone
 (thesis 5.1). So the first kept entry is still checked, against the base.
 
-**No pause.** Entries are deleted in transactions that happen anyway, about twice as many as have come. LMDB uses
-their pages again, so the file levels off too. Nothing is copied: the state is in the same file, as of commit_id.
+**No pause.** Entries are deleted in transactions that happen anyway, about twice as many as these append. LMDB uses
+their pages again, so the file levels off too. Nothing is copied: the state is in the same file.
 
-**What may go**: only what has been applied on disk. A transaction has the effects of all entries up to its commit_id,
-so a restart needs none of these. A member that lacks an entry that is gone gets a snapshot (`raftnode.snapshots`).
+**What may go**: only what has been applied on disk, to every key: a restart needs none of that. A member that lacks an
+entry that is gone gets a snapshot (`raftnode.snapshots`).
 """
 
 from __future__ import annotations
@@ -31,23 +31,22 @@ class Retention:
         self._settings = settings
 
     def shorten(
-        self, txn: lmdb.Transaction, db: lmdb._Database, base: Mark, commit_id: int, added: int, added_bytes: int
+        self, txn: lmdb.Transaction, db: lmdb._Database, base: Mark, applied: int, commit_id: int, count: int, size: int
     ) -> Mark:
-        """With this transaction `added` entries, of so many bytes, come to what is kept behind `commit_id`. Delete the
-        oldest, as many as are too many, but not many more than these. Returns the new base.
+        """Delete the oldest entries, as many as are too many behind `commit_id`, but none past `applied`, and not many
+        more than twice `count`, or twice `size` bytes of them. Returns the new base.
 
         Nothing rests on what goes any more, so only the last of it is looked at: a look at each takes 1.5 us a put, a
         fifteenth of all that a put costs a node."""
-        self.size += added_bytes
-        count = commit_id - base.id.commit_id
-        if not self._is_too_long(count, self.size):
+        kept, may_go = commit_id - base.id.commit_id, applied - base.id.commit_id
+        if not may_go or not self._is_too_long(kept, self.size):
             return base
-        entries = max(self._settings.compaction_step, 2 * added)
-        size = max(self._settings.compaction_bytes, 2 * added_bytes)
+        most = min(max(self._settings.compaction_step, 2 * count), may_go)
+        most_bytes = max(self._settings.compaction_bytes, 2 * size)
         with txn.cursor(db) as cursor:
             gone = freed = 0
             for _, record in cursor.iternext():
-                if gone >= entries or freed >= size or not self._is_too_long(count - gone, self.size - freed):
+                if gone >= most or freed >= most_bytes or not self._is_too_long(kept - gone, self.size - freed):
                     break
                 gone, freed = gone + 1, freed + records.size_of_command(bytes(record))
             cursor.first()

@@ -641,11 +641,15 @@ def _print_keys(
         if parting.differ_at is not None:
             for n in (one, other):
                 starts[n] = min(starts[n], parting.differ_at)
+
+    def doubtful(path: Path, reason: str) -> None:
+        _tell_damage(output, Survey(path=path, failure=reason, is_damaged=True), as_json)
+
     compared.keys = 0
     columns = [*_KEY_COLUMNS, Column("value", least=16)] if values else _KEY_COLUMNS
     table = None if as_json else output.table(columns)
     with progress(sum(one.keys for one in opened), "comparing keys") as advance:
-        for found in key_differences(opened, compared.commit_id, starts, advance):
+        for found in key_differences(opened, compared.commit_id, starts, advance, doubtful):
             compared.keys += 1
             damaged = any(seen.damage for seen in found.seen.values())
             output.damage += damaged

@@ -482,17 +482,21 @@ class KeyDifference(Struct, frozen=True):
 
 
 def key_differences(
-    opened: Sequence[Directory], commit_id: int, partings: Sequence[int], advance: Callable[[int], object]
+    opened: Sequence[Directory],
+    commit_id: int,
+    partings: Sequence[int],
+    advance: Callable[[int], object],
+    doubtful: Callable[[Path, str], object],
 ) -> Iterator[KeyDifference]:
     """The keys whose values differ as of `commit_id`, which all have reached. `partings`: for each directory the first
-    entry in which its log may differ from the first one's.
+    entry in which its log may differ from the first one's. `doubtful` is told what is wrong with more values than one.
 
     A directory that has gone on says nothing of the keys that it has changed since, unless its log differs from the
     first one's before: then the value is taken from the log. Where logs are equal, so was what they made of the key.
     """
     later = [set(touched(one, commit_id + 1, one.committed or 0)) for one in opened]
     before = [touched(one, start, commit_id) for one, start in zip(opened, partings, strict=True)]
-    streams = [_stream(number, one) for number, one in enumerate(opened)]
+    streams = [_stream(number, one, doubtful) for number, one in enumerate(opened)]
     steps = 0
     for (namespace, key), group in groupby(merge(*streams, key=lambda item: item[:2]), key=lambda item: item[:2]):
         values = {number: value for _, _, number, value in group}
@@ -512,9 +516,13 @@ def key_differences(
     advance(steps)
 
 
-def _stream(number: int, opened: Directory) -> Iterator[tuple[str, str, int, StoredValue]]:
+def _stream(
+    number: int, opened: Directory, doubtful: Callable[[Path, str], object]
+) -> Iterator[tuple[str, str, int, StoredValue]]:
     for value in opened.values():
-        if value.namespace is not None and value.key is not None:
+        if value.namespace is None or value.key is None:
+            doubtful(opened.path, value.damage)
+        else:
             yield value.namespace, value.key, number, value
 
 

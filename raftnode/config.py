@@ -103,21 +103,24 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     # --- store ---
     map_bytes: int = 64 * GIB
     """LMDB's map: an upper bound of the file, reserved as addresses only. Readers of the file must use at least it."""
-    reserve_bytes: int = 64 * MIB
+    reserve_bytes: int = 128 * MIB
     """Below this much room (map or disk) a leader answers writes with `storage_full`; a follower takes entries
     down to half of it."""
     room_check_ms: int = 200
     """How often room is looked at; it is looked at sooner when much has been written."""
     cache_bytes: int = 32 * MIB
     """Values that are read more than once are kept in memory, so many bytes of them: those that were read last."""
-    flush_entries: int = 512
-    """Effects of committed entries go to a leader's disk once in so many entries, to a follower's once in four times as
-    many, so that a page which several of them change is written once; the members take turns. They are durable as log
-    entries before that. More is faster, and takes a node longer at a time: see tools/bench.py."""
-    flush_bytes: int = 4 * MIB
+    flush_entries: int = 16_384
+    """When so many entries have been carried out in memory, what they have changed begins to go to the disk, some of it
+    with each of the next transactions, so that a page which several of them change is written once. They are durable as
+    log entries before that. More is faster, takes more memory, and makes a start after a crash longer: that carries
+    them out again."""
+    flush_step: int = 16
+    """So many changed values go along with a transaction at least, while there are some to go."""
+    flush_bytes: int = 16 * MIB
     """... or when commands of this size have collected, or of an eighth of `reserve_bytes`: there must be room."""
     flush_delay_ms: int = 50
-    """... or when the oldest has waited so long; five times that while more than an eighth of `flush_entries` wait."""
+    """... or when nothing has come for so long, or the oldest has waited twenty times that."""
     slow_sync_ms: int = 500
     """A write transaction that takes longer is logged."""
     log_entries: int = 100_000

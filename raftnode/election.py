@@ -5,10 +5,10 @@
     take      everything in the mailbox, into the consensus
     before    what promises nothing that is not on disk: a leader's entries to its followers, heartbeats; and answers to
               clients whose entries a majority already holds durably
-    write     one transaction: ballot, entries; with a leader's entries also the effects of many that have committed,
-              and commit_id
+    write     one transaction: ballot, entries; with them also some effects of what has committed (see `flushing`), and
+              commit_id
     after     what promises that something is on disk: votes, acknowledgements; and what this write has committed
-    at last   for what nobody waits: a follower applies what has committed; effects that go alone (see `flushing`)
+    at last   for what nobody waits: a follower applies what has committed; effects that go alone
 
 The way of a put: `Requests` proposes it to the consensus, which appends it to the journal -> *before* sends it to the
 followers -> *write* makes it durable here -> acknowledgements arrive and, in a later *take*, commit it ->
@@ -184,7 +184,6 @@ class Election:
         self._witnessed_at = float("-inf")
         self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
         self._memberships = store.journal.memberships
-        self._flushing.take_turns(self.me, self.raft.membership.addresses, leader=None)
         self._linked_leader: str | None = None
         self._complaint = ""
         self._successor: str | None = None
@@ -239,8 +238,8 @@ class Election:
             if must_write:
                 self.handshake.finish()
             self.transport.flush()
-            if self._flushing.is_due(self._now):
-                self._write_effects(clock)
+            if keys := self._flushing.alone(self._now):
+                self._write_effects(clock, keys)
             self._keep_house()
             self.store.end_view()
             self.transport.flush()
@@ -265,7 +264,6 @@ class Election:
         if now[-1] is before[-1] and now[0] is before[0] and leader == self._linked_leader:
             return
         self._memberships, self._linked_leader = now, leader
-        self._flushing.take_turns(self.me, now[-1].addresses, leader)
         peers = {address for members in now for address in members.addresses} | {leader or self.me}
         if set(self.transport.peers) != (peers := peers - {self.me}):
             self.transport.set_peers(sorted(peers))
@@ -288,22 +286,21 @@ class Election:
         """The transaction; true when it has installed a snapshot."""
         self._keep_witnesses()
         self.store.incoming = self.raft.incoming
-        has_installed = self._transact(clock, ready, self._flushing.goes_along())
+        has_installed = self._transact(clock, ready, self._flushing.along(self._now))
         if has_installed:
             assert ready.chunk is not None, "its last chunk"
             self.snapshots.installed(ready.chunk)
         return has_installed
 
-    def _write_effects(self, clock: Callable[[], float]) -> None:
+    def _write_effects(self, clock: Callable[[], float], keys: int) -> None:
         """A transaction of the effects alone, when nobody waits for anything else of this turn."""
         assert not self.raft.wants_write, "what was sent or acknowledged is on disk by now"
-        self._transact(clock, Ready(), True)
+        self._transact(clock, Ready(), keys)
+        self._flushing.written_alone()
 
-    def _transact(self, clock: Callable[[], float], ready: Ready, effects: bool) -> bool:
+    def _transact(self, clock: Callable[[], float], ready: Ready, keys: int) -> bool:
         began = clock()
-        has_installed = self.store.write(ready.ballot, ready.chunk, effects)
-        if effects:
-            self._flushing.written()
+        has_installed = self.store.write(ready.ballot, ready.chunk, keys)
         took_ms = (clock() - began) * 1000
         if took_ms > self.settings.slow_sync_ms:
             self.log.warning("slow_sync", took_ms=round(took_ms), at=self.store.journal.written)

@@ -14,6 +14,10 @@ How it gets past damage:
   the damage is exactly one entry;
 * a committed value that does not match its checksum is read as if it did, and marked.
 
+While a flush is under way the values on disk are of two times (`namespaces`). All that is told of them here is as of
+the commit_id on disk: an `Overlay` of the entries that are not in place yet lies over them. It is made when values are
+asked for, from the look that they come from.
+
 An open read transaction holds back the reuse of pages on a live node: its file grows as long as somebody reads and the
 node writes. So no *look*, which is one transaction and one consistent snapshot, is held for longer than half a second,
 nor while the output waits for whoever reads it (`release`); the next read takes a new look. What is committed in the
@@ -24,6 +28,7 @@ changed, which `on_new_look` tells.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 import struct
 import time
@@ -45,10 +50,23 @@ from raftnode.consensus.membership import Membership
 from raftnode.consensus.witness import Witness
 from raftnode.environment import explain_open_error, open_databases, open_reader
 from raftnode.errors import ProtocolError, StoreDamaged, StoreError, StoreFailed, StoreForeign, StoreTooNew
-from raftnode.messages import GENESIS, LMDB_KEY_BYTES, AnyCommand, Entry, chain, decode_command
+from raftnode.messages import (
+    GENESIS,
+    LMDB_KEY_BYTES,
+    AnyCommand,
+    Change,
+    Effect,
+    Entry,
+    chain,
+    decode_command,
+    decode_effect,
+)
+from raftnode.namespaces import Behind
+from raftnode.overlay import Below, Overlay, carry_out
 
 _T = TypeVar("_T")
 
+_NOTHING: Final = Overlay(None, None, {}, {}, ())
 HOLD_S: Final = 0.5
 """How long a look is held at the most. A node under full load writes some 10 MB meanwhile."""
 _BETWEEN_CLOCKS: Final = 0xFF
@@ -77,6 +95,8 @@ class Facts(Struct, frozen=True, kw_only=True):
     ballot: Ballot | None
     commit_id: int | None
     """Committed on disk; 0 before the first commit. None only when damaged."""
+    behind: Behind | None
+    """How far the values on disk are behind commit_id; None, too, when they are not."""
     base: Mark | None
     """The point before the first kept entry. None only when damaged."""
     memberships: list[Membership]
@@ -98,13 +118,16 @@ class LogRecord(Struct, frozen=True):
 
 
 class StoredValue(Struct, frozen=True):
-    """A committed value, and what the check said of it. Invariant: without a `record` there is `damage`."""
+    """A committed value as of the commit_id on disk, and what the check said of it. Invariant: without a `record` there
+    is `damage`."""
 
     namespace: str | None
     """None when not even the key can be read."""
     key: str | None
     record: records.Record | None
     damage: str = ""
+    is_gone: bool = False
+    """The log has deleted it, and what is damaged is only what the disk still has of it."""
 
 
 class Reader(Struct, frozen=True):
@@ -129,8 +152,9 @@ class Directory:
     """An open data directory, for reading. A context manager; `close` ends it.
 
     Public facts: `path`; `facts`, as of the first look; as of the newest one `committed` (the commit_id on disk),
-    `base` (the point before the first kept entry; None when it is damaged), `first` and `last` (the ends of the log;
-    `last` is below `first` in an empty one); `looks`, which counts them.
+    `behind` (how far the values on disk are behind it), `base` (the point before the first kept entry; None when it is
+    damaged), `first` and `last` (the ends of the log; `last` is below `first` in an empty one); `looks`, which counts
+    them.
     """
 
     def __init__(self, path: Path, map_bytes: int) -> None:
@@ -141,6 +165,8 @@ class Directory:
         """Called when a new look sees more committed than the one before."""
         self.hold_s = HOLD_S
         """How long a look may be held. Who needs one look for all raises it, and reads little or not for long."""
+        self.as_on_disk = False
+        """Show the values as they are on disk, of two times while a flush is under way. For who checks these."""
         self._map_bytes = map_bytes
         self._held: lmdb.Transaction | None = None
         self._seen: int | None = None
@@ -153,8 +179,10 @@ class Directory:
         try:
             self._dbs = self._open_databases()
             self._state = records.COMMITTED
+            self._overlay = _NOTHING
             self.facts = self._read_facts()
             self.base = self.facts.base
+            self.behind = self.facts.behind
             self.committed = self.facts.commit_id
             self.first, self.last = self._ends()
             self._seen = self._txn.id()
@@ -196,7 +224,7 @@ class Directory:
     def _txn(self) -> lmdb.Transaction:
         """The look: the one that is held, or a new one."""
         if self._held is None:
-            self._held = self._env.begin()
+            self._held = self._env.begin(buffers=True)  # a value that is only counted is not read
             self._since = time.monotonic()
             self._log = self._held.cursor(self._dbs[records.LOG])
             if self._seen not in (None, self._held.id()):
@@ -206,16 +234,27 @@ class Directory:
     def _take_news(self, txn: lmdb.Transaction) -> None:
         """What has changed since the look before."""
         self._seen, committed = txn.id(), self.committed
-        stored, base = (txn.get(name, db=self._dbs[records.META]) for name in (b"commit_id", b"base"))
+        meta = self._dbs[records.META]
+        stored, base, behind = (txn.get(name, db=meta) for name in (b"commit_id", b"base", b"behind"))
         with contextlib.suppress(StoreDamaged):  # then it stays at what was read before
             if stored is not None and self.committed is not None:
                 self.committed = records.unpack_meta(b"commit_id", bytes(stored), int)
             if base is not None and self.base is not None:
                 self.base = records.unpack_meta(b"base", bytes(base), Mark)
             self._state = self._state_in(txn)
+        self._take_behind(None if behind is None else bytes(behind))
         self.first, self.last = self._ends()
         if self.on_new_look is not None and self.committed != committed:
             self.on_new_look()
+
+    def _take_behind(self, stored: bytes | None) -> None:
+        """How far the values are behind in a new look. That of another look would be wrong."""
+        self.behind, self._is_behind_lost = None, False
+        try:
+            if stored is not None:
+                self.behind = records.unpack_meta(b"behind", stored, Behind | None)
+        except StoreDamaged:
+            self._is_behind_lost = True
 
     def look_again(self) -> None:
         """A new look, also when the file was replaced by another one, or a node has started on a copy that had none.
@@ -248,6 +287,7 @@ class Directory:
 
     def _read_facts(self) -> Facts:
         damage: list[str] = []
+        lost: set[bytes] = set()
 
         def fact(name: bytes, type: Any, missing: object = None) -> Any:
             try:
@@ -258,6 +298,7 @@ class Directory:
             except lmdb.Error as error:
                 damage.append(f"the record {name.decode()!r} of the node can't be read: {error}")
                 self.release()
+            lost.add(name)
             return None
 
         format_version = fact(b"format", int)
@@ -267,18 +308,21 @@ class Directory:
         except StoreDamaged as error:
             damage.append(str(error))
             self._state = max(records.STATES, key=lambda name: self._count(name) if name in self._dbs else -1)
-        return Facts(
+        facts = Facts(
             format=format_version,
             node=fact(b"node", str),
             cluster=fact(b"cluster", str),
             address=fact(b"address", str),
             ballot=fact(b"ballot", Ballot, Ballot()),
             commit_id=fact(b"commit_id", int, 0),
+            behind=fact(b"behind", Behind | None),
             base=fact(b"base", Mark, Mark(GENESIS, 0)),
             memberships=fact(b"memberships", list[Membership], []) or [],
             witnesses=fact(b"witnesses", dict[str, Witness], {}) or {},
             damage=damage,
         )
+        self._is_behind_lost = b"behind" in lost
+        return facts
 
     def _check_format(self, found: int | None, damage: list[str]) -> None:
         """Nothing but the record of the format may be read of a newer directory: all else may mean something else."""
@@ -363,7 +407,7 @@ class Directory:
         except lmdb.Error as error:
             self.release()
             return None, f"can't be read: {error}"
-        return (None, "not in the log") if stored is None else (stored, "")
+        return (None, "not in the log") if stored is None else (bytes(stored), "")
 
     def _strays(self, last: int | None) -> Iterator[LogRecord]:
         """Entries past the end that the count gives: with a hole in the log, or when a key was changed."""
@@ -399,20 +443,87 @@ class Directory:
 
     # --- the committed namespaces ---
 
+    def overlay(self) -> Overlay:
+        """What lies over the values on disk in this look; it takes the look when none is held.
+
+        One that was made in a look before is still right while the same flush is under way: it is made of entries and
+        of values that do not change before the flush comes to them."""
+        while True:
+            _ = self._txn
+            behind, committed = self.behind, self.committed
+            if behind is None or self.as_on_disk:
+                return self._without_overlay()
+            if self._overlay.is_of(behind, committed):
+                return self._overlay
+            if self._overlay.goes_on_to(behind, committed):
+                self._overlay = self._overlay.shortened(behind)
+            else:
+                self._overlay = self._carry_out(behind, committed)
+
+    def _without_overlay(self) -> Overlay:
+        if not self._is_behind_lost:
+            return _NOTHING
+        text = f"which values are older than commit_id {self.committed} can't be told: the record 'behind' is damaged"
+        return Overlay(None, None, {}, {}, [text])
+
+    def _carry_out(self, behind: Behind, committed: int | None) -> Overlay:
+        """Make the overlay, in one look: it takes some tenths of a second at the most, and reading the values has its
+        full time after that. A page that can't be read ends the look: `overlay` sees whether it still fits the next."""
+        damage: list[str] = []
+        hold_s, self.hold_s = self.hold_s, math.inf
+        try:
+            changes = self._changes_since(behind, committed, damage)
+            return carry_out(behind, committed, changes, self._below, damage)
+        finally:
+            self.hold_s = hold_s
+            self._since = time.monotonic()
+
+    def _changes_since(
+        self, behind: Behind, committed: int | None, damage: list[str]
+    ) -> Iterator[tuple[Entry, Change]]:
+        """What the entries past `behind.after` change of the keys that are behind; `damage` is told what is lost."""
+        first, start = behind.after + 1, behind.store_key
+        if committed is None:
+            damage.append(f"values from {_shown(start)} on are as of commit_id {behind.after}: the newest is damaged")
+            return
+        then = f"values from {_shown(start)} on may be older than commit_id {committed}, or wrong"
+        if first < self.first:
+            damage.append(f"entries {first} to {self.first - 1}: not in the log; {then}")
+        for record in LogReading(self, first).upto(committed):
+            effect, problem = (None, "") if record.entry is None else _effect_of(record.entry)
+            if record.damage or problem:
+                damage.append(f"{record.damage or problem}; {then}")
+            if record.entry is not None and isinstance(effect, Change) and effect.key >= start:
+                yield record.entry, effect
+
+    def _below(self, key: bytes) -> Below | None:
+        """What the disk has under a key."""
+        try:
+            stored = self._txn.get(key, db=self._dbs[self._state])
+        except lmdb.Error as error:
+            self.release()
+            return Below(None, f"the value of key {_shown(key)} can't be read: {error}")
+        if stored is None:
+            return None
+        found = _check_value(key, bytes(stored))
+        return Below(found.record, found.damage)
+
     def values(self, namespace: str | None = None, prefix: str = "") -> Iterator[StoredValue]:
         """The committed values in order of namespace and key, each checked; with a namespace, of that one only, and
         with a prefix, only of keys that begin so. Both seek; neither scans."""
         start = prefix.encode(errors="surrogateescape")
+        told: set[str] = set()
         if namespace is not None:
-            yield from self._values(namespace.encode(errors="surrogateescape") + b"\0" + start)
+            yield from self._values(namespace.encode(errors="surrogateescape") + b"\0" + start, told)
         elif start:
             for name in self._namespaces():
-                yield from self._values(name + b"\0" + start)
+                yield from self._values(name + b"\0" + start, told)
         else:
-            yield from self._values(b"")
+            yield from self._values(b"", told)
 
-    def _values(self, start: bytes) -> Iterator[StoredValue]:
-        """Everything whose store key begins with `start`, also past pages that can't be read."""
+    def _values(self, start: bytes, told: set[str]) -> Iterator[StoredValue]:
+        """Everything whose store key begins with `start`, also past pages that can't be read. `told`: what was said of
+        the overlay already."""
         position: bytes | None = start
         shown, looks = 0, self.looks
         for attempt in range(_MOST_BAD_PLACES):
@@ -420,10 +531,13 @@ class Directory:
                 return
             after = position
             try:
-                for key, value in self._walk(position):
+                for key, value in self._walk(position, start, told):
+                    if value.key is None:
+                        yield value
+                        continue
                     if key.startswith(start):
                         yield value
-                        shown += 1
+                        shown += not value.is_gone
                     elif not value.damage:  # a changed key may stand anywhere
                         return
                     after = key + b"\0"
@@ -435,22 +549,29 @@ class Directory:
                 self.release()
                 position = self._next_readable(after)
                 yield StoredValue(None, None, None, f"values from {_shown(after)} on can't be read: {error}")
+                yield from self._laid_over(after, position, start)
         yield StoredValue(None, None, None, "too many pages can't be read: the rest is not listed")
 
-    def _walk(self, position: bytes) -> Iterator[tuple[bytes, StoredValue]]:
-        """The values from a key on, in the order of the pages: so one whose key was changed is met as well. Stepping on
-        to a page of zeros ends the process, inside LMDB: who calls this on a damaged directory is `supervised`."""
+    def _walk(self, position: bytes, start: bytes, told: set[str]) -> Iterator[tuple[bytes, StoredValue]]:
+        """The values from a key on, in the order of the pages: so one whose key was changed is met as well. Before
+        them, what makes those under `start` doubtful, if it was not told. Stepping on to a page of zeros ends the
+        process, inside LMDB: who calls this on a damaged directory is `supervised`."""
         done = None
         while True:
-            looks = self.looks
+            overlay, looks = self.overlay(), self.looks
+            for text in overlay.damage if overlay.concerns(start) else ():
+                if text not in told:
+                    told.add(text)
+                    yield position, StoredValue(None, None, None, text)
+            if self.looks != looks:
+                continue
             with self._txn.cursor(self._dbs[self._state]) as cursor:
-                if not cursor.set_range(position):
-                    return
-                for number, (found, stored) in enumerate(cursor.iternext()):
-                    key = bytes(found)
+                for number, (key, stored) in enumerate(_merged(cursor, position, overlay)):
                     if key == done:
                         continue
-                    yield key, _check_value(key, bytes(stored))
+                    value = _value_over(key, overlay) if stored is None else _check_value(key, bytes(stored))
+                    if value is not None:
+                        yield key, value
                     position = done = key
                     if not number & _BETWEEN_CLOCKS:
                         self.release_if_long()
@@ -458,6 +579,15 @@ class Directory:
                         break
                 else:
                     return
+
+    def _laid_over(self, position: bytes, end: bytes | None, start: bytes) -> Iterator[StoredValue]:
+        """What the log makes of the keys between two, where the disk can't be read; of those that begin with
+        `start`."""
+        overlay = self.overlay()
+        for key in overlay.between(position, end):
+            value = _value_over(key, overlay)
+            if value is not None and key.startswith(start):
+                yield value
 
     def _next_readable(self, lost: bytes) -> bytes | None:
         """The first key from which LMDB can read again, found by halving; None when there is none."""
@@ -486,10 +616,13 @@ class Directory:
         """The namespaces, by jumping from one to the next: no name holds NUL, so name + 01 is past all its keys."""
         position = b""
         while True:
+            keys = self.overlay().added_from(position)[:1]
             with self._txn.cursor(self._dbs[self._state]) as cursor:
-                if not cursor.set_range(position):
-                    return
-                name = bytes(cursor.key()).partition(b"\0")[0]
+                if cursor.set_range(position):
+                    keys.append(bytes(cursor.key()))
+            if not keys:
+                return
+            name = min(keys).partition(b"\0")[0]
             yield name
             position = name + b"\x01"
 
@@ -497,7 +630,13 @@ class Directory:
 
     @property
     def keys(self) -> int:
-        """How many committed values there are."""
+        """How many committed values there are, as of the commit_id on disk."""
+        more = self.overlay().more
+        return self.keys_on_disk + more
+
+    @property
+    def keys_on_disk(self) -> int:
+        """How many values the disk has, whatever they are as of: told at once."""
         return self._count(self._state)
 
     @property
@@ -523,26 +662,30 @@ class Directory:
         position: bytes | None = b""
         try:
             while position is not None:
+                self.release()
                 position = self._count_some(position, found)
                 advance(_COUNTED_AT_ONCE)
         except lmdb.Error as error:
+            self.release()
             raise StoreDamaged(f"the keys can't be counted: {error}") from error
         return [NamespaceSize(name.decode(errors="backslashreplace"), *counts) for name, counts in found.items()]
 
     def _count_some(self, position: bytes, found: dict[bytes, list[int]]) -> bytes | None:
-        """Count from a key on, in a look of its own; the key to go on from. Only lengths of values are read, not their
-        pages."""
-        with self._env.begin(buffers=True) as txn, txn.cursor(self._dbs[self._state_in(txn)]) as cursor:
-            if not cursor.set_range(position):
-                return None
-            for number, (buffer, stored) in enumerate(cursor.iternext()):
-                key = bytes(buffer)
+        """Count from a key on, in one look; the key to go on from. Only lengths of values are read, not their pages."""
+        overlay = self.overlay()
+        if overlay.damage:
+            raise StoreDamaged(f"the keys can't be counted: {overlay.damage[0]}")
+        with self._txn.cursor(self._dbs[self._state]) as cursor:
+            for number, (key, stored) in enumerate(_merged(cursor, position, overlay)):
                 if number == _COUNTED_AT_ONCE:
                     return key
+                size = overlay.size_of(key) if stored is None else len(stored)
+                if size is None:
+                    continue
                 name, _, rest = key.partition(b"\0")
                 counts = found.setdefault(name, [0, 0])
                 counts[0] += 1
-                counts[1] += len(rest) + len(stored)
+                counts[1] += len(rest) + size
         return None
 
     def readers(self) -> list[Reader]:
@@ -688,6 +831,14 @@ def command_of(entry: Entry) -> tuple[AnyCommand | None, str]:
         return None, str(error)
 
 
+def _effect_of(entry: Entry) -> tuple[Effect | None, str]:
+    """What an entry does, or why that can't be told."""
+    try:
+        return decode_effect(entry.command), ""
+    except ProtocolError as error:
+        return None, f"entry {entry.commit_id}: {error}"
+
+
 def in_json(text: str) -> bytes:
     """A text as it stands in a command, which has one JSON form: where these bytes are not, the text is not."""
     return msgspec.json.encode(text)[1:-1]
@@ -791,6 +942,33 @@ def _check_value(key: bytes, stored: bytes) -> StoredValue:
     with contextlib.suppress(StoreError):
         record = records.unpack_record(key, struct.pack(">I", crc32(stored[4:], crc32(key))) + stored[4:])
     return StoredValue(*texts, record, problem)
+
+
+def _merged(
+    cursor: lmdb.Cursor, position: bytes, overlay: Overlay
+) -> Iterator[tuple[bytes, bytes | memoryview | None]]:
+    """The keys from `position` on with what is stored under them, or with None those of the overlay: where the disk has
+    them, else in order."""
+    added = overlay.added_from(position)
+    number = 0
+    if cursor.set_range(position):
+        for found, stored in cursor.iternext():
+            key = bytes(found)
+            while number < len(added) and added[number] < key:
+                yield added[number], None
+                number += 1
+            yield key, None if key in overlay.changes else stored
+    for key in added[number:]:
+        yield key, None
+
+
+def _value_over(key: bytes, overlay: Overlay) -> StoredValue | None:
+    """The value of a key of the overlay; None when there is none, and nothing to tell of it."""
+    record, damage = overlay.changes[key], overlay.damage_of(key)
+    namespace, _, name = key.decode(errors="backslashreplace").partition("\0")
+    if record is None and not damage:
+        return None
+    return StoredValue(namespace, name, record, damage, is_gone=record is None)
 
 
 def _number(key: bytes) -> int:

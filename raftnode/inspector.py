@@ -11,8 +11,8 @@ none changes its meaning. Every line of `--json` is one object whose `record` sa
     value      namespace key [value] created modified version
     renewed    commit_id: in `state` of a live node; the values below are as of this commit_id
     change     commit_id term time kind namespace key client state [before] [value] replaced created version
-    node       directory node address cluster format term voted_for commit_id entries staged first_kept last membership
-               witnesses keys sizes readers: what `info` tells of a directory
+    node       directory node address cluster format term voted_for commit_id behind entries staged first_kept last
+               membership witnesses keys sizes readers: what `info` tells of a directory
     namespace  directory namespace keys bytes: after the nodes of `info`
     damage     commit_id to: something that could not be read at all; positions in the log when it was there
 
@@ -506,8 +506,10 @@ def _change_cells(line: ChangeLine | EntryLine, width: int) -> list[str]:
     help="""What directories say of their nodes, and how large they are; several are shown side by side.
 
     Fields: directory, node, address and cluster (null until the node first started with its members), format, term,
-    voted_for, commit_id (committed on disk), entries (kept in the log), staged, first_kept and last (the ends of the
-    kept log: commit_id, term, time, checksum; null in an empty log), membership (in force: term and commit_id of its
+    voted_for, commit_id (committed on disk), behind (null, or while values are on their way to the disk: after,
+    namespace, key; the values from that key on are on disk as of commit_id `after`, and the log has what is newer),
+    entries (kept in the log), staged, first_kept and last (the ends of the kept log: commit_id, term, time, checksum;
+    null in an empty log), membership (in force: term and commit_id of its
     entry, voters, learners, by address with node id, replaces: new member to old), witnesses (what it remembers of the
     promises of the others, by address: term, vote, held and floor, the newest entry that it was known to hold and the
     newest of the committed ones), keys,

@@ -3,14 +3,22 @@
 Every node applies the same entries in the same order to the same state, so nothing here may look at a clock, a random
 number, the order of a set or an error of this machine (TRAPS 26).
 
-Effects are applied here first and reach the disk with a later transaction, together with their commit_id. Until then
-reads find them in `changes`, before they look at the disk: an acknowledged write is always seen.
+Effects are applied here first and reach the disk later. Until then reads find them here, before they look at the disk:
+an acknowledged write is always seen.
+
+**A flush** takes to the disk what has collected up to one commit_id, some keys in each of several transactions, in the
+order of the keys: neighbours share pages, and no transaction is long. Meanwhile the disk is `Behind`: keys below one
+point are as of the new commit_id, those from there on as of the one before, and the log has what is between. So every
+state between two transactions is a known one. This rests on an entry reading and changing one key only. Who adds one
+that reads or changes several has to see that no flush is under way when it is applied, or a restart would carry it out
+on values of two times.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Final, TypeAlias
 
 from msgspec import Raw, Struct
 
@@ -32,12 +40,32 @@ _UNCHANGED: Final = Record(0, 0, 0, 0, Raw())
 """Stands for no change, where None stands for a deleted value."""
 
 
+class Behind(Struct, frozen=True):
+    """On disk, while a flush is under way: the values of the store keys from `key` on are still as of commit_id
+    `after`, all others as of the commit_id on disk. The log has every entry past `after`."""
+
+    after: int
+    key: str
+
+    @property
+    def store_key(self) -> bytes:
+        return self.key.encode()
+
+
+Changes: TypeAlias = dict[bytes, Record | None]
+"""By store key: the value to write, or None to delete it."""
+
+
 class Namespaces:
     """The committed values: those on disk, and over them the changes that are not there yet."""
 
     def __init__(self) -> None:
-        self.changes: dict[bytes, Record | None] = {}
-        """By store key: the value to write, or None to delete it. What applies them to the disk clears them."""
+        self.changes: Changes = {}
+        """Those since the last flush began."""
+        self.leaving: Changes = {}
+        """Those of the flush that is under way, in the order of their keys."""
+        self.begun_with = 0
+        """How many they were when it began."""
 
     def apply(
         self,
@@ -66,4 +94,42 @@ class Namespaces:
     def find(self, key: bytes, on_disk: Callable[[bytes], Record | None]) -> Record | None:
         """The value under a store key, with every applied entry seen."""
         change = self.changes.get(key, _UNCHANGED)
+        if change is _UNCHANGED:
+            change = self.leaving.get(key, _UNCHANGED)
         return on_disk(key) if change is _UNCHANGED else change
+
+    def waiting(self) -> Changes:
+        """All changes that are not on disk yet, as they are now."""
+        return {**self.leaving, **self.changes}
+
+    def begin_flush(self) -> None:
+        """All that is not on disk yet is on its way there from now on. If a flush was under way, what is left of it can
+        only be written together with the rest, in one transaction."""
+        changes = self.waiting()
+        self.leaving = {key: changes[key] for key in sorted(changes)}
+        self.begun_with, self.changes = len(changes), {}
+
+    def next(self, count: int | None) -> tuple[Changes, bytes | None]:
+        """The next `count` of those that are leaving (None: all), and the key that follows; None when none does."""
+        if count is None or count >= len(self.leaving):
+            return self.leaving, None
+        keys = list(islice(self.leaving, count + 1))
+        return {key: self.leaving[key] for key in keys[:count]}, keys[count]
+
+    def written(self, changes: Changes) -> None:
+        """These, of those that were leaving, are on disk."""
+        if len(changes) == len(self.leaving):
+            self.leaving = {}
+        else:
+            for key in changes:
+                del self.leaving[key]
+
+    def resume_flush(self, behind: Behind, entries: Sequence[Entry], on_disk: Callable[[bytes], Record | None]) -> None:
+        """After a restart: carry out again, from the entries past `behind.after` up to the commit_id on disk, what was
+        still to be written."""
+        start = behind.store_key
+        for entry in entries:
+            effect = decode_effect(entry.command)
+            if isinstance(effect, Change) and effect.key >= start:
+                self.apply(entry, on_disk, effect=effect)
+        self.begin_flush()

@@ -26,9 +26,9 @@ from zlib_ng.zlib_ng import crc32
 from raftnode.errors import StoreDamaged
 from raftnode.messages import Entry
 
-FORMAT: Final = 2
+FORMAT: Final = 3
 """Format of the whole directory, in `meta`; raised when an older version could misread a newer directory.
-1: one state database, called `committed`. 2: two, and the fact `state`."""
+1: one state database, called `committed`. 2: two, and the fact `state`. 3: the fact `behind` (see `namespaces`)."""
 
 DATA_FILE: Final = "raftnode.mdb"
 LOCK_FILE: Final = "raftnode.lock"

@@ -2,7 +2,9 @@
 
 Everything is walked: the pages of LMDB from the outside, every fact of the node, every entry of the log in the chain of
 its checksums, every committed value, and, when the log reaches back to entry 1, whether the committed values are what
-the log makes of nothing. What is damaged is put right from what can be proved to be the same; else nothing is changed.
+the log makes of nothing: up to the node's commit_id or, where a flush was under way and had not come to a key, up to
+the one before it (`namespaces`). What is damaged is put right from what can be proved to be the same; else nothing is
+changed. A flush is not ended here: the values are to be what they were, and the next start goes on with it.
 
 **What may be put right, and what proves it**:
 
@@ -20,7 +22,7 @@ the log makes of nothing. What is damaged is put right from what can be proved t
   them: a whole entry of ours is only ever replaced where it was staged and has another term, which is the conflict
   rule of every follower (thesis 3.5). They may have a higher term than this node has heard of: then the ballot becomes
   that term's, with the vote free, as with any message of that term;
-* a committed value: the log, whole by then, says what it is.
+* a committed value: the log, whole by then, says what it was, as of the commit_id that it should be as of.
 
 **What is never done**: to cut the log or leave it shorter, even by a staged entry that nobody seems to have. This node
 may have acknowledged it, and with its acknowledgement it may have been committed. Such an entry stays, and so does the
@@ -68,6 +70,7 @@ from raftnode.messages import (
     decode_command,
     encode,
 )
+from raftnode.namespaces import Behind
 from raftnode.replay import Replay, Written
 
 _FACTS: Final[dict[bytes, Any]] = {
@@ -77,6 +80,7 @@ _FACTS: Final[dict[bytes, Any]] = {
     b"address": str,
     b"ballot": Ballot,
     b"commit_id": int,
+    b"behind": Behind | None,
     b"base": Mark,
     b"memberships": list[Membership],
     records.STATE_FACT: str,
@@ -210,7 +214,19 @@ class Facts(Struct, frozen=True, kw_only=True):
     ballot: Ballot
     commit_id: int
     memberships: list[Membership]
+    behind: Behind | None = None
     base: Mark = Mark(GENESIS, 0)
+
+    @property
+    def contradictions(self) -> list[str]:
+        """What can't be true together, in words."""
+        base, committed, behind = self.base.id.commit_id, self.commit_id, self.behind
+        if base > committed:
+            return [f"{committed} is committed, but the log begins after {base}"]
+        if behind is not None and not base <= behind.after < committed:
+            values = f"values are as of {behind.after} still, by the record 'behind' of the node"
+            return [f"{values}, but the log begins after {base}, and {committed} is committed"]
+        return []
 
     @property
     def others(self) -> list[str]:
@@ -235,11 +251,13 @@ def _read_facts(env: Environment, txn: lmdb.Transaction) -> Facts | None:
     problems += [f"the record {name!r} of the node is missing" for name in needed if name not in found and not problems]
     if not problems and env.held_node not in ("", found["node"]):
         problems.append(f"{records.DATA_FILE} is of node {found['node']}, the directory of node {env.held_node}")
+    facts = None
+    if not problems and needed is not _OF_EVERY_NODE:
+        facts = Facts(**{name: found[name] for name in Facts.__struct_fields__ if name in found})
+        problems += facts.contradictions
     if problems:
         raise StoreDamaged(f"{env.path} can't be repaired: {'; '.join(problems)}. {LOST}")
-    if needed is _OF_EVERY_NODE:
-        return None
-    return Facts(**{name: found[name] for name in Facts.__struct_fields__ if name in found})
+    return facts
 
 
 # --- the log --------------------------------------------------------------------------------------------------
@@ -539,8 +557,9 @@ class _Member:
 
 
 def _wrong_values(env: Environment, txn: lmdb.Transaction, log: _Log, tell: Tell) -> dict[bytes, bytes | None]:
-    """What has to be written so that the committed values are what the log makes of nothing: by store key, the packed
-    value, or None where there should be none. Memory is needed for every key, but only for the values that are wrong.
+    """What has to be written so that the committed values are what the log makes of nothing, each up to where it had
+    come: by store key, the packed value, or None where there should be none. Memory is needed for every key, but only
+    for the values that are wrong.
 
     A log that begins later does not tell all: then each value's own checksum must do. Raises StoreDamaged.
     """
@@ -570,8 +589,8 @@ def _wrong_values(env: Environment, txn: lmdb.Transaction, log: _Log, tell: Tell
 
 
 def _replay(log: _Log) -> dict[bytes, Written]:
-    """What all committed entries, from the first, make of empty namespaces."""
-    replay = Replay()
+    """What all committed entries, from the first, make of empty namespaces, as far as it was written."""
+    replay = Replay(log.facts.behind)
     for commit_id in range(log.first, log.facts.commit_id + 1):
         try:
             replay.apply(log.entry(commit_id))

@@ -3,6 +3,9 @@ Layer 1, pure.
 
 Whoever checks committed values against the log (verification, repair) needs every key at once, but only the checksum of
 its value: so a million keys take some hundred bytes each, however large the values are.
+
+A disk that is behind with some keys (`namespaces.Behind`) has them as of an earlier commit_id. As an entry touches one
+key only, that is what the same entries make, those left out that came later and touch such a key.
 """
 
 from __future__ import annotations
@@ -11,8 +14,8 @@ from typing import Final
 
 from msgspec import Raw, Struct
 
-from raftnode.messages import Entry
-from raftnode.namespaces import Namespaces
+from raftnode.messages import Change, Effect, Entry, decode_effect
+from raftnode.namespaces import Behind, Namespaces
 from raftnode.records import Record, pack_record
 
 _NO_VALUE: Final = Raw(b"null")
@@ -33,15 +36,20 @@ class Written(Struct, frozen=True, gc=False):
 
 
 class Replay:
-    """The namespaces as the entries given so far have left them. `state` is by store key."""
+    """The namespaces as the entries given so far have left them; with `behind`, as a disk has them that is behind so.
+    `state` is by store key."""
 
-    def __init__(self) -> None:
+    def __init__(self, behind: Behind | None = None) -> None:
         self.state: dict[bytes, Written] = {}
+        self._behind = behind
         self._namespaces = Namespaces()
 
     def apply(self, entry: Entry) -> None:
         """Carry out the next committed entry. Raises ProtocolError for one that no version of ours wrote."""
-        self._namespaces.apply(entry, self._find)
+        effect = decode_effect(entry.command)
+        if self._is_not_written(entry, effect):
+            return
+        self._namespaces.apply(entry, self._find, effect=effect)
         changes = self._namespaces.changes
         for key, record in changes.items():
             if record is None:
@@ -50,6 +58,13 @@ class Replay:
                 checksum = pack_record(key, record)[:4]
                 self.state[key] = Written(record.created, record.modified, record.version, checksum)
         changes.clear()
+
+    def _is_not_written(self, entry: Entry, effect: Effect) -> bool:
+        """True when the flush has not come to what this entry does."""
+        behind = self._behind
+        if behind is None or entry.commit_id <= behind.after:
+            return False
+        return isinstance(effect, Change) and effect.key >= behind.store_key
 
     def _find(self, key: bytes) -> Record | None:
         written = self.state.get(key)

@@ -110,7 +110,7 @@ class Transfer:
         else:
             end = None
         self.walked = end
-        for key in self._store.namespaces.changes:
+        for key in self._store.namespaces.waiting():
             if key > begin:
                 self._track(key)
 
@@ -159,7 +159,7 @@ class Transfer:
 
     def _added(self, txn: Any) -> Iterator[int]:
         """What each change that is not on disk yet does to the number of keys."""
-        for key, record in self._store.namespaces.changes.items():
+        for key, record in self._store.namespaces.waiting().items():
             yield (record is not None) - (txn.get(key, db=self._store.states.db) is not None)
 
 

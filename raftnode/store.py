@@ -1,15 +1,17 @@
 """The store: everything that a node must not forget, in one LMDB environment. Layer 2.
 
 **On disk** (`records` has the bytes, `environment` the files): `log` holds every entry under its commit_id; those
-above the stored commit_id are *staged*. `committed` holds the namespaces as of exactly that commit_id. `meta` holds the
-format, the node's id and address, the cluster's id, the ballot, the commit_id, where the kept log begins, the
-memberships, and what this node remembers of the promises of the others (`consensus.witness`).
+above the stored commit_id are *staged*. `committed` holds the namespaces as of exactly that commit_id; of the keys from
+one on, while the fact `behind` says so, as of an earlier one (`namespaces`). `meta` holds the format, the node's id and
+address, the cluster's id, the ballot, the commit_id, where the kept log begins, the memberships, and what this node
+remembers of the promises of the others (`consensus.witness`).
 
 **Who uses it**: one thread writes, the one that runs `Election.cycle` (or, without an election, the caller of `put`).
-Once a node is made, `write` is the only transaction: ballot, cut and new entries; and the effects of what has
-committed with commit_id, together, so that no crash can part them. Effects are applied in memory first (`apply`). They
-wait until some batches' have collected, so that a page that several of them change is written once; they lose nothing
-by waiting, as they are in the log of a majority, and a restart carries out again what is above the commit_id on disk.
+Once a node is made, `write` is the only transaction: ballot, cut and new entries; and effects of what has committed
+with commit_id and the fact `behind`, together, so that no crash can part them. Effects are applied in memory first
+(`apply`). They wait until many have collected, so that a page that several of them change is written once; they lose
+nothing by waiting, as they are in the log of a majority, and a restart carries out again what the disk is behind with
+and, once it is known to be committed, what is above the commit_id on disk.
 
 **Recovery** needs nobody: take the directory's lock, sync (what is visible must be durable before anything is said of
 it), check the format, whose node it is, that the log has no hole and that its end matches its checksums, load the
@@ -57,7 +59,7 @@ from raftnode.messages import (
     store_key,
     to_request,
 )
-from raftnode.namespaces import Namespaces, Outcome
+from raftnode.namespaces import Behind, Changes, Namespaces, Outcome
 from raftnode.primary import PrimaryTransport
 from raftnode.states import States
 
@@ -120,7 +122,7 @@ class Store:
         self._room = (float("inf"), 0)
         self._written_bytes = 0
         self.waiting_bytes = 0
-        """Size of the commands whose effects are not on disk yet."""
+        """Size of the commands that were carried out since the last flush began."""
         try:
             self._load()
         except BaseException:
@@ -141,6 +143,16 @@ class Store:
             self._retention = self._retained(txn, base)
         self._env.claim(self.node_id)
         self.journal = Journal(self, base, last, self._memberships)
+        self._resume_flush()
+
+    def _resume_flush(self) -> None:
+        """Go on with a flush that was under way when the node ended."""
+        behind, upto = self.behind, self.commit_id
+        if behind is None:
+            return
+        with self._env.read() as txn:
+            entries = list(self._scan(txn, self.journal.base, behind.after + 1, upto))
+            self.namespaces.resume_flush(behind, entries, self._finder(txn))
 
     def _check_format(self, txn: lmdb.Transaction) -> None:
         format_version = self._fact(txn, b"format", int)
@@ -162,6 +174,7 @@ class Store:
         self.ballot: Ballot = self._fact(txn, b"ballot", Ballot) or Ballot()
         self.commit_id: int = self._fact(txn, b"commit_id", int) or 0
         self.commit_id_on_disk = self.commit_id  # what is above was applied in memory
+        self.behind: Behind | None = self._fact(txn, b"behind", Behind | None)
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
@@ -195,6 +208,11 @@ class Store:
                 f"the log in {self.data_dir} ends at {newest}, but {self.commit_id} was committed. "
                 f"{self._how_to_repair()}",
                 self.commit_id,
+            )
+        if self.behind is not None and not base.id.commit_id <= self.behind.after < self.commit_id:
+            raise StoreDamaged(
+                f"{self.data_dir} is behind entry {self.behind.after} with some keys, but has the log after "
+                f"{base.id.commit_id}, and {self.commit_id} as committed. {RESTORE}"
             )
         last = base
         for entry in self._scan(txn, base, max(base.id.commit_id + 1, self.commit_id), newest):
@@ -387,7 +405,7 @@ class Store:
             self._reading.__exit__(None, None, None)
 
     def view(self) -> contextlib.AbstractContextManager[lmdb.Transaction]:
-        """One consistent view of the disk, for `States`; `namespaces.changes` lie over it."""
+        """One consistent view of the disk, for `States`; `namespaces.waiting` lies over it."""
         return self._env.read()
 
     @contextlib.contextmanager
@@ -426,13 +444,19 @@ class Store:
     @property
     def has_effects(self) -> bool:
         """True when something applied is not in the committed namespaces on disk yet. It may wait."""
-        return self.commit_id_on_disk != self.commit_id
+        return self.behind is not None or self.commit_id_on_disk != self.commit_id
 
-    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
+    @property
+    def _applied_on_disk(self) -> int:
+        """Everything up to there is in the committed namespaces on disk, for every key."""
+        return self.commit_id_on_disk if self.behind is None else self.behind.after
+
+    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, keys: int | None = None) -> bool:
         """Make the disk equal to memory, in one synced transaction. Nothing that depends on it may be said before.
 
-        Without `effects` those stay behind, and with them the commit_id on disk: they are durable as entries of the
-        log, and carried out again from there if this process ends now. They are not left out with a `chunk`.
+        With `keys` only so many changed values go along, of the flush that is under way or begins with them; none with
+        0. The others are durable as entries of the log, and carried out again from there if this process ends now. All
+        go along with a `chunk`.
 
         With a `chunk` of a snapshot, that goes in too, and with the last one the snapshot is installed, if it has as
         many keys as it should: then it is true that is returned, and log, state, commit_id and membership are those of
@@ -440,29 +464,41 @@ class Store:
         """
         if ballot is not None:
             self.ballot = ballot
-        effects = effects or chunk is not None
         self.end_view()
         unwritten = self.journal.unwritten()
         with self._env.write() as txn:
             if unwritten.cut_from is not None:
                 self._cut(txn, unwritten.cut_from)
             self._append(txn, unwritten.entries)
-            if effects:
-                self._put_effects(txn)
-                self._compact(txn)
+            changes = self._leave(None if chunk is not None else keys)
+            self._put_effects(txn, changes)
+            self._compact(txn, unwritten.entries, len(changes))
             has_installed = chunk is not None and self._take_chunk(txn, chunk)
             if self.has_leftover or chunk is not None or self.incoming is not self._incoming_seen:
                 self.has_leftover = self._find_leftover(txn) and self.states.sweep(txn)
-            facts = self._put_facts(txn, effects)
+            facts = self._put_facts(txn)
         self.syncs += 1
         self._on_disk |= facts
-        if effects:
-            self.commit_id_on_disk, self.waiting_bytes = self.commit_id, 0
-            self.namespaces.changes.clear()
+        self.namespaces.written(changes)
         if has_installed:
             self._cache.clear()
         self.journal.mark_written()
         return has_installed
+
+    def _leave(self, keys: int | None) -> Changes:
+        """The changes that go to the disk with this transaction, at most so many; `commit_id_on_disk` and `behind` are
+        what they are with it from here on."""
+        if keys is not None and (not keys or not self.has_effects):
+            return {}
+        after = self._applied_on_disk
+        if keys is None or self.behind is None:
+            self.namespaces.begin_flush()
+            self.commit_id_on_disk = self.commit_id
+            self._retention.size += self.waiting_bytes
+            self.waiting_bytes = 0
+        changes, following = self.namespaces.next(keys)
+        self.behind = None if following is None else Behind(after, following.decode())
+        return changes
 
     def _append(self, txn: lmdb.Transaction, entries: Sequence[Entry]) -> None:
         if not entries:
@@ -481,12 +517,12 @@ class Store:
             while there:
                 there = cursor.delete()
 
-    def _compact(self, txn: lmdb.Transaction) -> None:
-        """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk with
-        this very transaction, so a restart needs none of them."""
+    def _compact(self, txn: lmdb.Transaction, entries: Sequence[Entry], changes: int) -> None:
+        """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk, at the
+        latest with this very transaction, which has so many `entries` and `changes`: a restart needs none of them."""
         base, db = self.journal.base, self._log
-        added = self.commit_id - self.commit_id_on_disk
-        found = self._retention.shorten(txn, db, base, self.commit_id, added, self.waiting_bytes)
+        count, size = max(len(entries), changes), sum([len(entry.command) for entry in entries])
+        found = self._retention.shorten(txn, db, base, self._applied_on_disk, self.commit_id_on_disk, count, size)
         if found != base:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
             self.journal.begin_after(found)
@@ -501,14 +537,14 @@ class Store:
         assert end.id.commit_id > self.commit_id, "what is committed here is never replaced by something older"
         txn.drop(self._log, delete=False)
         self.journal.begin_anew(Mark(end.id, end.checksum), msgspec.json.decode(end.membership, type=Membership))
-        self.commit_id = end.id.commit_id
+        self.commit_id = self.commit_id_on_disk = end.id.commit_id
         self._retention.size = 0
         return True
 
-    def _put_effects(self, txn: lmdb.Transaction) -> None:
+    def _put_effects(self, txn: lmdb.Transaction, changes: Changes) -> None:
         db = self.states.db
         rows: list[tuple[bytes, bytes]] = []
-        for key, record in self.namespaces.changes.items():
+        for key, record in changes.items():
             if record is None:
                 txn.delete(key, db=db)
             else:
@@ -518,16 +554,16 @@ class Store:
             with txn.cursor(db) as cursor:
                 cursor.putmulti(rows)
 
-    def _put_facts(self, txn: lmdb.Transaction, effects: bool) -> dict[bytes, object]:
-        """Write the facts that are not on disk as they are now; returns them. Without `effects` the commit_id on disk
-        stays what it is."""
+    def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
+        """Write the facts that are not on disk as they are now; returns them."""
         now: dict[bytes, object] = {
             b"format": records.FORMAT,
             b"node": self.node_id,
             b"cluster": self.cluster_id,
             b"address": self.address,
             b"ballot": self.ballot,
-            b"commit_id": self.commit_id if effects else self.commit_id_on_disk,
+            b"commit_id": self.commit_id_on_disk,
+            b"behind": self.behind,
             b"base": self.journal.base,
             b"kept_bytes": self._retention.size,
             b"memberships": self.journal.memberships,

@@ -7,14 +7,15 @@ What is looked at, and the word by which a `Problem` names it:
     entry    each log entry: there, whole by the chain of checksums, and a command that this version understands
     order    terms never fall along the log
     value    each committed value by its own checksum
-    replay   each committed value is what the log makes of nothing; this needs a whole log that begins at 1
+    replay   each committed value is what the log makes of nothing; this needs a whole log that begins at 1. While a
+             flush is under way (`namespaces`), each is looked at as it is on disk, and as of what it should be as of
     promise  the node keeps what it was reminded of: else the directory is an old copy (`consensus.witness`)
 
 **A live node.** A look holds back the reuse of pages, so the long walk over the committed entries takes many of them.
 That is sound: none of these entries ever changes, and what has been seen whole stays so. What must agree at one
-commit_id is read in one look, the last: the facts, the staged entries, which may be cut any time, and the committed
-values, against the replay up to that look's commit_id. Pages can be checked only while nobody writes; `pages_checked`
-says whether that succeeded.
+commit_id is read in one look, the last: the facts, the entries whose effects are not all on disk, the staged ones,
+which may be cut any time, and the committed values, against the replay up to that look's commit_id. Pages can be
+checked only while nobody writes; `pages_checked` says whether that succeeded.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from raftnode.consensus.witness import History, Witness
 from raftnode.environment import check_structure, open_reader
 from raftnode.errors import ProtocolError, StoreDamaged
 from raftnode.inspection import Directory, Facts, LogRecord, StoredValue
-from raftnode.messages import GENESIS, Entry, EntryId, MembersCommand, decode_command, decode_effect
+from raftnode.messages import GENESIS, Change, Entry, EntryId, MembersCommand, decode_command, decode_effect
+from raftnode.namespaces import Behind
 from raftnode.replay import Replay, Written
 
 _PAGE_TRIES: Final = 3
@@ -91,7 +93,7 @@ def verify(path: Path, map_bytes: int, found: Found, advance: Advance) -> Verifi
 def records_in(path: Path, map_bytes: int) -> int:
     """About how many records `verify` will read."""
     with Directory(path, map_bytes) as opened:
-        return opened.kept + opened.keys
+        return opened.kept + opened.keys_on_disk
 
 
 class _Verification:
@@ -102,6 +104,8 @@ class _Verification:
         self._advance = advance
         self._steps = 0
         self._replay: Replay | None = Replay()
+        self._behind: Behind | None = None
+        """Of the last look. Of the look before no entry is carried out that may concern it."""
         self._next = 1
         """The position after those that were read."""
         self._newest: Entry | EntryId = GENESIS
@@ -118,12 +122,13 @@ class _Verification:
         self._verified.pages_checked = self._check_pages()
         with Directory(self._path, self._map_bytes) as opened:
             committed = opened.facts.commit_id or 0
-            for record in opened.entries(opened.first, committed):
+            written = committed if opened.behind is None else min(opened.behind.after, committed)
+            for record in opened.entries(opened.first, written):
                 self._check_entry(record, committed)
         with Directory(self._path, self._map_bytes) as opened:
-            opened.hold_s = math.inf
-            newest = opened.facts.commit_id or 0
-            for record in opened.entries(max(opened.first, committed + 1)):
+            opened.hold_s, opened.as_on_disk = math.inf, True
+            newest, self._behind = opened.facts.commit_id or 0, opened.behind
+            for record in opened.entries(max(opened.first, written + 1)):
                 self._check_entry(record, newest)
             self._check_facts(opened)
             self._check_values(opened, newest)
@@ -194,7 +199,7 @@ class _Verification:
 
     def _carry_out(self, entry: Entry, committed: int) -> None:
         try:
-            if self._replay is not None and entry.commit_id <= committed:
+            if self._replay is not None and entry.commit_id <= committed and self._is_written(entry):
                 self._replay.apply(entry)
             else:
                 decode_effect(entry.command)
@@ -206,6 +211,14 @@ class _Verification:
             reason = f"entry {entry.commit_id}: {error}"
             self._tell(Problem(check="entry", reason=reason, commit_id=entry.commit_id))
             self._end_replay(reason)
+
+    def _is_written(self, entry: Entry) -> bool:
+        """True when what a committed entry has changed must be on disk."""
+        behind = self._behind
+        if behind is None or entry.commit_id <= behind.after:
+            return True
+        effect = decode_effect(entry.command)
+        return not isinstance(effect, Change) or effect.key < behind.store_key
 
     # --- the facts ---
 
@@ -242,6 +255,8 @@ class _Verification:
     # --- the committed values ---
 
     def _check_values(self, opened: Directory, committed: int) -> None:
+        for doubt in opened.overlay().damage:
+            self._end_replay(doubt)
         expected = None if self._replay is None else self._replay.state
         self._verified.replayed_to = None if expected is None else committed
         for value in opened.values():
@@ -292,12 +307,25 @@ def _wrong_facts(facts: Facts, opened: Directory, newest: Entry | EntryId) -> li
         )
     if facts.commit_id is not None and facts.base is not None and facts.commit_id < facts.base.id.commit_id:
         wrong.append(f"{facts.commit_id} is committed, but the log begins after {facts.base.id.commit_id}")
+    wrong += _wrong_behind(facts)
     wrong += _wrong_names(facts)
     with contextlib.suppress(OSError):
         held = (opened.path / records.LOCK_FILE).read_text(errors="replace").strip()
         if held and facts.node is not None and held != facts.node:
             wrong.append(f"{records.DATA_FILE} is of node {facts.node}, the directory of node {held}")
     return wrong
+
+
+def _wrong_behind(facts: Facts) -> list[str]:
+    """While a flush is under way, the log has every entry that is not on disk for all keys."""
+    behind = facts.behind
+    if behind is None or facts.commit_id is None or facts.base is None:
+        return []
+    base = facts.base.id.commit_id
+    if base <= behind.after < facts.commit_id:
+        return []
+    values = f"values are as of {behind.after} still, by the record 'behind' of the node"
+    return [f"{values}, but the log begins after {base}, and {facts.commit_id} is committed"]
 
 
 def _wrong_names(facts: Facts) -> list[str]:

@@ -29,11 +29,13 @@ def say(*words: object) -> None:
     os.write(1, (" ".join(str(word) for word in words) + "\n").encode())
 
 
-def state_of(store: Store) -> str:
-    """Everything that one transaction moves together, in a word."""
+def state_of(store: Store, keys: int | None = None) -> str:
+    """Everything that one transaction of so many changed values moves together, in a word."""
     last = store.journal.last
+    begins_flush = keys is None or (keys > 0 and store.behind is None)
+    commit_id = store.commit_id if begins_flush else store.commit_id_on_disk
     return (
-        f"{store.ballot.term}/{store.ballot.voted_for}/{store.commit_id}/"
+        f"{store.ballot.term}/{store.ballot.voted_for}/{commit_id}/"
         f"{last.id.term}/{last.id.commit_id}/{last.checksum:08x}"
     )
 
@@ -65,8 +67,8 @@ def offer(store: Store, chance: random.Random, term: int) -> None:
 
 
 def one_turn(store: Store, chance: random.Random) -> None:
-    """One transaction's worth of everything: a ballot, a cut, entries, effects and commit_id. `try` says what the
-    disk will hold if the transaction happens, `ack` that it did."""
+    """One transaction's worth of everything: a ballot, a cut, entries, all effects or some, and commit_id. `try` says
+    what the disk will hold if the transaction happens, `ack` that it did."""
     ballot = store.ballot
     if ballot.term == 0 or chance.random() < 0.3:
         ballot = ballot.in_term(ballot.term + 1).vote(chance.choice(MEMBERS))
@@ -78,9 +80,11 @@ def one_turn(store: Store, chance: random.Random) -> None:
     if upto > store.commit_id:
         store.apply(store.journal.entries(store.commit_id + 1, upto, GIB))
     store.ballot = ballot
-    say("try", state_of(store))
-    store.write(ballot)
-    say("ack", state_of(store))
+    keys = chance.choice((None, 0, 1, 3))
+    state = state_of(store, keys)
+    say("try", state)
+    store.write(ballot, keys=keys)
+    say("ack", state)
 
 
 def write(directory: Path, argument: str) -> None:

@@ -28,7 +28,9 @@ from click.testing import CliRunner, Result
 from raftnode import records
 from raftnode.archive import End, Header, check, restore, take
 from raftnode.cli import cli
+from raftnode.client import Client
 from raftnode.errors import NodeDamaged, StoreDamaged, StoreForeign, Unavailable
+from raftnode.namespaces import Behind
 from raftnode.store import Store
 from raftnode.testing.processes import (
     FAST,
@@ -164,6 +166,54 @@ def test_progress_counts_what_is_not_on_disk_yet(tmp_path: Path) -> None:
         take(node.address, tmp_path / "file", timeout=PATIENCE_S, advance=lambda *so_far: told.append(so_far))
     assert {total for _, total in told} == {19}
     assert len(contents(tmp_path / "file")) == 19
+
+
+def test_it_has_what_a_flush_has_not_taken_to_the_disk(tmp_path: Path) -> None:
+    """A node has begun to write to its disk what sixty puts and a delete did, one key with each further put, when the
+    backup is taken; then it is killed, and its disk is still in the middle of that. The backup has every value with its
+    numbers, those that are on disk and those that are not, and counts them right; a directory that is restored from it
+    is in the middle of nothing."""
+    slow = {**FAST, "RAFTNODE_FLUSH_DELAY_MS": "100000", "RAFTNODE_FLUSH_ENTRIES": "60", "RAFTNODE_FLUSH_STEP": "1"}
+    address, told = free_address(), Told()
+    with running(address, tmp_path / "node", {**slow, "RAFTNODE_SNAPSHOT_CHUNK_BYTES": "300"}) as node:
+        with node.client() as client:
+            for n in range(58):
+                told.put(client, f"key-{n % 40:02}", n)
+            told.delete(client, "key-30")
+            for n in range(6):
+                told.put(client, f"key-{7 * n:02}", "new")
+        end = take(address, tmp_path / "file", timeout=PATIENCE_S, advance=silent)
+        node.kill()
+    assert behind(tmp_path / "node") is not None
+    assert_same(contents(tmp_path / "file"), told.values)
+    assert end.keys == len(told.values)
+    assert run("restore", tmp_path / "file", tmp_path / "new", "--ip", address).exit_code == 0
+    assert behind(tmp_path / "new") is None
+    assert_same(state(tmp_path / "new"), told.values)
+    assert inspect(tmp_path / "new", "verify")[-1]["problems"] == 0
+
+
+class Told:
+    """What a client was told of its writes, and what follows from that for each key."""
+
+    def __init__(self) -> None:
+        self.values: Contents = {}
+
+    def put(self, client: Client, key: str, value: object) -> None:
+        at, modified = ("default", key), client.put(key, value)["commit_id"]
+        before = self.values.get(at, {"created": modified, "version": 0})
+        line = {"value": value, "modified": modified, "created": before["created"], "version": before["version"] + 1}
+        self.values[at] = line
+
+    def delete(self, client: Client, key: str) -> None:
+        client.delete(key)
+        del self.values["default", key]
+
+
+def behind(directory: Path) -> Behind | None:
+    """Where a flush had come to that is under way on this disk."""
+    with contextlib.closing(Store("database", directory)) as store:
+        return store.behind
 
 
 def test_writes_between_the_chunks_are_all_in_it(tmp_path: Path) -> None:

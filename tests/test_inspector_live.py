@@ -435,6 +435,7 @@ def test_under_full_load(node: NodeProcess) -> None:
     writers = Writers([node.address], numbered("load", seeded(42)), 10, timeout=20)
     with Following("log", node.volume, "--follow") as following, writers:
         writers.await_more(200, explain=node.describe)
+        wait_until(lambda: len(node.inspect("commits")) > 10, "the disk says that something is committed")
         logs = [node.inspect("log"), node.inspect("commits")[:-1], node.inspect("log", "--tail", "20", "--kind", "put")]
         key = writers.acknowledged[10].record.key
         assert [line["client"] for line in node.inspect("history", key)] == [logs_client(logs[0], key)]

@@ -20,10 +20,13 @@ from typing import NamedTuple
 import lmdb
 import pytest
 from click.testing import CliRunner, Result
+from msgspec import Raw
 
 from raftnode import records
 from raftnode.cli import cli
+from raftnode.consensus.ballot import Ballot
 from raftnode.errors import StoreDamaged, StoreError, StoreForeign, StoreInUse
+from raftnode.messages import DeleteCommand, PutCommand, encode_command
 from raftnode.recover import plan, recover
 from raftnode.store import Store
 from raftnode.testing.processes import (
@@ -32,6 +35,7 @@ from raftnode.testing.processes import (
     ClusterOfProcesses,
     NodeProcess,
     command_environment,
+    free_address,
     inspect,
 )
 
@@ -192,6 +196,56 @@ def test_a_kill_at_any_moment_leaves_the_old_cluster_or_the_new_one(left: Path, 
         assert is_old == (sorted(facts["membership"]["voters"]) == before.voters)
         outcomes.add((is_old, done.returncode == 0))
     assert outcomes >= {(True, False), (False, True)}, "killed before and never"
+
+
+# --- a flush that was under way -------------------------------------------------------------------------------
+
+
+def put(key: str, value: int) -> Raw:
+    return encode_command(PutCommand(namespace="default", key=key, value=Raw(str(value).encode())))
+
+
+def ended_in_a_flush(directory: Path, address: str) -> int:
+    """The directory of a member of three that ended in the middle of a flush. The first ten of twenty keys were put,
+    and that is on disk. Then all twenty were put, and the last deleted: of these, five are on disk. One put more is
+    staged. Returns what is committed."""
+    with contextlib.closing(Store("database", directory)) as store:
+        store.found(address, [free_address(), free_address()])
+        delete = encode_command(DeleteCommand(namespace="default", key="key-19"))
+        commands = [put(f"key-{n:02}", n) for n in range(10)]
+        commands += [*(put(f"key-{n:02}", n + 100) for n in range(20)), delete, put("key-05", 7)]
+        entries = [store.journal.append(1, 1_700_000_000_000, command) for command in commands]
+        store.write(Ballot(1, address))
+        store.apply(entries[:10])
+        store.write()
+        store.apply(entries[10:-1])
+        store.write(keys=3)
+        store.write(keys=2)
+        assert store.behind is not None
+        assert (store.behind.after, store.behind.key) == (10, "default\0key-05")
+        return store.commit_id
+
+
+def test_a_node_that_ended_in_a_flush_keeps_all_of_its_log(tmp_path: Path) -> None:
+    """Of what is committed, some is only in the log. The plan goes by the log; with the recovery all of it is on disk;
+    and the new cluster has every value, with the numbers that its history gives it, the staged one too."""
+    address, left = free_address(), tmp_path / "left"
+    committed = ended_in_a_flush(left, address)
+    agreed = plan(left)
+    assert (agreed.committed, agreed.last.commit_id) == (committed, committed + 1)
+    assert [change.key for change in agreed.staged] == ["key-05"]
+    assert agreed.missing == []
+    assert run("recover", left, "--yes").exit_code == 0
+    found = {line["key"]: line for line in inspect(left, "state")}
+    assert {key: line["value"] for key, line in found.items()} == {f"key-{n:02}": n + 100 for n in range(19)}
+    assert [line["version"] for line in found.values()] == [2] * 10 + [1] * 9
+    assert inspect(left, "verify")[-1]["problems"] == 0
+    with running(address, left) as node, node.client() as client:
+        assert [client.get(f"key-{n:02}") for n in (4, 5, 18, 19)] == [104, 7, 118, None]
+        record = client.get_record("key-05")
+        assert [record[name] for name in ("created", "modified", "version")] == [6, committed + 1, 3]
+        assert node.terminate() == 0
+    assert inspect(left, "verify")[-1]["problems"] == 0
 
 
 # --- what is refused ------------------------------------------------------------------------------------------

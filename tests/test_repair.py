@@ -1,9 +1,10 @@
 """Repair of a stopped node's directory: directories that real nodes made, damaged in every way, and put right from real
 members, or refused (repair docstring; TRAPS 37: never as if the log were shorter).
 
-One cluster of three makes them. The *patient* is a node that was stopped; the two others run on and are asked. Two
-copies of its directory are kept: `level`, all of it committed, and `ahead`, in which the last three entries are staged,
-have been put through the patient while it was alone, and are what nobody else has.
+One cluster of three makes them. The *patient* is a node that was stopped; the two others run on and are asked. Three
+copies of its directory are kept: `level`, all of it committed and on disk; `behind`, the same, but the node ended while
+a flush was under way, and of what the second half of the log does only some keys are on disk; and `ahead`, in which the
+last three entries are staged, have been put through the patient while it was alone, and are what nobody else has.
 """
 
 from __future__ import annotations
@@ -28,11 +29,14 @@ import pytest
 from msgspec import Raw
 
 from raftnode import records
-from raftnode.config import parse_address
+from raftnode.config import Settings, parse_address
 from raftnode.consensus.ballot import Ballot
 from raftnode.errors import StoreDamaged, StoreError, StoreForeign, StoreInUse, StoreTooNew
 from raftnode.messages import Entry, PutCommand, chain, encode_command
+from raftnode.namespaces import Behind
 from raftnode.repair import repair
+from raftnode.shrink import shrink
+from raftnode.store import Store
 from raftnode.testing.processes import (
     FAST,
     PATIENCE_S,
@@ -58,6 +62,7 @@ class Made(NamedTuple):
     cluster: ClusterOfProcesses
     patient: NodeProcess
     level: Path
+    behind: Path
     ahead: Path
 
     @property
@@ -90,6 +95,27 @@ def put_alone(leader: NodeProcess) -> None:
     assert {answer["error"]["code"] for answer in answers} == {"not_committed"}
 
 
+def carry_out_anew(path: Path, *, is_flushed: bool) -> None:
+    """Make the committed values anew from the log, with a store: up to the middle of it, as one transaction; and then,
+    unless all is to end there, up to its end, of which only some keys get to the disk."""
+
+    def forget(txn: lmdb.Transaction, _: Any, committed: Any) -> None:
+        txn.drop(committed, delete=False)
+
+    damage(path, forget)
+    change_facts(path, commit_id=0, kept_bytes=0)
+    with contextlib.closing(Store("database", path)) as store:
+        last = store.journal.last.id.commit_id
+        store.apply(store.journal.entries(1, last // 2, 1 << 30))
+        store.write()
+        if not is_flushed:
+            store.apply(store.journal.entries(last // 2 + 1, last, 1 << 30))
+            for _ in range(3):
+                store.write(keys=5)
+            assert store.behind is not None
+            assert store.behind.after == last // 2
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
     path = tmp_path_factory.mktemp("repair")
@@ -116,13 +142,26 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Made]:
         assert patient.terminate() == 0
         assert patient.inspect("info")[0]["staged"] == 0
         level = Path(shutil.copytree(patient.volume, path / "level"))
+        behind = Path(shutil.copytree(level, path / "behind"))
+        carry_out_anew(behind, is_flushed=False)
         cluster.await_leader()
-        yield Made(cluster, patient, level, ahead)
+        yield Made(cluster, patient, level, behind, ahead)
 
 
 @pytest.fixture
 def level(made: Made, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made.level, tmp_path / "level"))
+
+
+@pytest.fixture
+def behind(made: Made, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(made.behind, tmp_path / "behind"))
+
+
+@pytest.fixture(params=["level", "behind"])
+def either(made: Made, tmp_path: Path, request: pytest.FixtureRequest) -> Path:
+    """All of it is committed; all is on disk, or a flush was under way."""
+    return Path(shutil.copytree(getattr(made, request.param), tmp_path / request.param))
 
 
 @pytest.fixture
@@ -144,6 +183,15 @@ def damage(path: Path, change: Damage) -> None:
             change(txn, log, committed)
 
 
+def change_facts(path: Path, **facts: object) -> None:
+    """Other facts of the node, whole as records."""
+    with raw(path) as env:
+        meta = env.open_db(records.META, create=False)
+        with env.begin(write=True) as txn:
+            for name, fact in facts.items():
+                txn.put(name.encode(), records.pack_meta(name.encode(), fact), db=meta)
+
+
 class Contents(NamedTuple):
     """Everything in a directory, read with LMDB alone."""
 
@@ -151,6 +199,11 @@ class Contents(NamedTuple):
     committed: dict[bytes, bytes]
     meta: dict[bytes, bytes]
     second: dict[bytes, bytes]
+
+    @property
+    def behind(self) -> Behind | None:
+        found: Behind | None = records.unpack_meta(b"behind", self.meta[b"behind"], Behind | None)
+        return found
 
 
 def contents(path: Path) -> Contents:
@@ -280,6 +333,18 @@ def value(change_to: Callable[[bytes, bytes], bytes | None], every: int = 1000) 
     return change
 
 
+def value_of(key: bytes, stored: bytes | None) -> Damage:
+    """Another value, or none, under one key."""
+
+    def change(txn: lmdb.Transaction, _: Any, committed: Any) -> None:
+        if stored is None:
+            txn.delete(key, db=committed)
+        else:
+            txn.put(key, stored, db=committed)
+
+    return change
+
+
 def as_it_was_never(key: bytes, stored: bytes) -> bytes:
     """A whole record, but not the one that the log makes."""
     record = records.unpack_record(key, stored)
@@ -337,26 +402,28 @@ DAMAGES: dict[str, Damage] = {
     "a value that nobody put": extra,
     "all values": value(lambda _, stored: b"x" * len(stored), every=1),
     "all values removed": value(lambda _, __: None, every=1),
+    "every other value, whole but wrong": value(as_it_was_never, every=2),
     "all entries and all values": together(fill(1, -1), value(lambda _, __: None, every=1)),
 }
 
 
 @pytest.mark.parametrize("kind", DAMAGES)
-def test_what_is_damaged_is_as_it_was(made: Made, level: Path, kind: str) -> None:
+def test_what_is_damaged_is_as_it_was(made: Made, either: Path, kind: str) -> None:
     """Whatever is damaged in the log and the committed values, after the repair each record is byte for byte what it
-    was before, which is what the members have, and no fact of the node has changed. A dry run finds the same and
-    changes nothing; after the repair a second one finds nothing."""
-    whole = contents(level)
-    damage(level, DAMAGES[kind])
-    before = (level / records.DATA_FILE).read_bytes()
-    planned = mend(level, made.members, is_dry=True)
-    assert (level / records.DATA_FILE).read_bytes() == before
-    said = mend(level, made.members)
+    was before, which is what the members have, and no fact of the node has changed; also where a flush was under way,
+    and values were of two times. A dry run finds the same and changes nothing; after the repair a second one finds
+    nothing."""
+    whole = contents(either)
+    damage(either, DAMAGES[kind])
+    before = (either / records.DATA_FILE).read_bytes()
+    planned = mend(either, made.members, is_dry=True)
+    assert (either / records.DATA_FILE).read_bytes() == before
+    said = mend(either, made.members)
     assert said.about("repairing") == planned.about("would repair") != []
     assert said.about("found") == planned.about("found") != []
-    assert contents(level) == whole
+    assert contents(either) == whole
     assert said[-1].endswith("repaired, and whole")
-    again = mend(level, made.members)
+    again = mend(either, made.members)
     assert again == [said[-1].replace("repaired, and whole", "whole")]
 
 
@@ -397,6 +464,108 @@ def test_without_a_list_the_members_are_asked(level: Path) -> None:
     damage(level, fill(50, 52))
     mend(level, [])
     assert contents(level) == whole
+
+
+# --- a flush that was under way -------------------------------------------------------------------------------
+
+
+def state_at_start(path: Path) -> dict[bytes, bytes]:
+    """The committed values as a start finds them, once all that it goes on with is on disk."""
+    with contextlib.closing(Store("database", path)) as store:
+        store.write()
+        assert store.behind is None
+    return contents(path).committed
+
+
+def test_a_flush_that_was_under_way_goes_on_after_the_repair(made: Made, behind: Path) -> None:
+    """What a flush has not written yet is no damage: the directory is whole, and stays as it is. With entries and
+    values damaged on both sides of where it had come to, they are as before; and the next start ends it: then the
+    values are those of a node that wrote them all."""
+    whole = contents(behind)
+    assert whole.committed != contents(made.level).committed
+    said = mend(behind, [free_address()])
+    assert len(said) == 1
+    assert said[0].endswith("committed: whole")
+    damage(behind, together(fill(50, 90), flip(-1, -2), value(lambda _, __: None, every=2)))
+    mend(behind, made.members)
+    assert contents(behind) == whole
+    assert state_at_start(behind) == contents(made.level).committed
+
+
+def test_each_value_is_as_of_its_own_time(made: Made, behind: Path, tmp_path: Path) -> None:
+    """A whole value of the wrong time is a wrong value. Of the keys that the second half of the log changes: one that
+    was written is as before the flush, or one that was not is as after it. Each is found, and is what it was; so it is
+    with a key that is not there at one of the times."""
+    before = Path(shutil.copytree(made.level, tmp_path / "before"))
+    carry_out_anew(before, is_flushed=True)
+    whole, old, new = contents(behind), contents(before).committed, contents(made.level).committed
+    assert whole.behind is not None
+    changed = sorted(key for key in {*old, *new} if old.get(key) != new.get(key))
+    written = [key for key in changed if key < whole.behind.store_key]
+    assert len(written) > 5
+    assert len(changed) - len(written) > 10
+    for key in changed:
+        wrong, right = (old, new) if key in written else (new, old)
+        assert whole.committed.get(key) == right.get(key)
+        damage(behind, value_of(key, wrong.get(key)))
+        said = mend(behind, [])
+        assert len(said.about("repairing")) == 1, said
+        assert contents(behind) == whole, key
+    assert any(key not in old for key in changed)
+    assert any(key not in new for key in changed)
+
+
+def test_what_a_flush_leaves_is_not_made_up(made: Made, behind: Path) -> None:
+    """Which values are of which time only the node's own fact says: damaged, of another form, or in contradiction to
+    what is committed it is refused, by name, and nothing changes. So it is where the log begins later, and the values
+    are said to be as of an entry before that: nobody could carry out again what is between. Such a log does not tell
+    what a damaged value was, on either side of the flush; but its entries come back from the members."""
+    now = contents(behind).behind
+    assert now is not None
+    last = last_of(behind)
+    for fact, why in [
+        ({"after": "1", "key": now.key}, "the record 'behind' of the node can't be read"),
+        (Behind(last, now.key), f"values are as of {last} still, by the record 'behind' of the node"),
+        (Behind(last + 1, now.key), "but the log begins after 0"),
+        (Behind(-1, now.key), "but the log begins after 0"),
+    ]:
+        change_facts(behind, behind=fact)
+        assert why in refused(behind, made.members)[0]
+    with raw(behind) as env:
+        meta = env.open_db(records.META, create=False)
+        with env.begin(write=True) as txn:
+            stored = records.pack_meta(b"behind", now)
+            txn.put(b"behind", stored[:-1] + b"?", db=meta)
+    assert "the record 'behind' of the node does not match its checksum" in refused(behind, made.members)[0]
+
+    change_facts(behind, behind=now)
+    with contextlib.closing(
+        Store("database", behind, settings=Settings(log_entries=10, compaction_step=last))
+    ) as store:
+        store.write(keys=0)
+        assert store.behind == now
+        assert store.journal.base.id.commit_id == now.after, "the flush needs all that follows"
+    whole = contents(behind)
+    damage(behind, together(flip(now.after + 1, -2), fill(now.after + 5, last)))
+    mend(behind, made.members)
+    assert contents(behind) == whole
+    for key in (max(whole.committed), min(whole.committed)):
+        damage(behind, value_of(key, b"?" * 50))
+        assert "does not tell what it was" in refused(behind, made.members)[0]
+        damage(behind, value_of(key, whole.committed[key]))
+    change_facts(behind, behind=Behind(now.after - 1, now.key))
+    assert f"but the log begins after {now.after}, and {last} is committed" in refused(behind, made.members)[0]
+    change_facts(behind, behind=None, commit_id=now.after - 1)
+    assert f"{now.after - 1} is committed, but the log begins after {now.after}" in refused(behind, made.members)[0]
+
+
+def test_compact_keeps_a_flush_where_it_is(made: Made, behind: Path) -> None:
+    """`raftnode compact` copies what there is: the values of both times, and the fact that tells them apart. The next
+    start goes on."""
+    whole = contents(behind)
+    shrink(behind)
+    assert contents(behind) == whole
+    assert state_at_start(behind) == contents(made.level).committed
 
 
 # --- a node that was repaired ---------------------------------------------------------------------------------
@@ -810,12 +979,12 @@ def test_a_ballot_behind_the_log_is_not_guessed(made: Made, level: Path, ahead: 
 
 
 @pytest.mark.parametrize("seed", [1, *(pytest.param(n, marks=pytest.mark.long) for n in range(2, 12))])
-def test_any_flipped_byte_is_repaired_or_refused(made: Made, level: Path, seed: int) -> None:
+def test_any_flipped_byte_is_repaired_or_refused(made: Made, either: Path, seed: int) -> None:
     """Forty bytes anywhere in the values of the log and of the committed namespaces, one after the other, in records
     and at places drawn by the seed: each is found and repaired to be what it was."""
     sys.stdout.write(f"seed {seed}\n")
     chance = random.Random(seed)
-    whole = contents(level)
+    whole = contents(either)
     for _ in range(40):
         name = chance.choice([records.LOG, records.COMMITTED])
         table = whole.log if name == records.LOG else whole.committed
@@ -823,20 +992,20 @@ def test_any_flipped_byte_is_repaired_or_refused(made: Made, level: Path, seed: 
         record = bytearray(table[key])
         place = chance.choice([chance.randrange(len(record)), chance.randrange(min(36, len(record)))])
         record[place] ^= chance.randrange(1, 256)
-        with raw(level) as env:
+        with raw(either) as env:
             db = env.open_db(name, create=False)
             with env.begin(write=True) as txn:
                 txn.put(key, bytes(record), db=db)
-        said = mend(level, made.members)
+        said = mend(either, made.members)
         assert len(said.about("repairing")) == 1, f"{name!r} {key!r} byte {place}: {said}"
-        assert contents(level) == whole, f"{name!r} {key!r} byte {place}"
+        assert contents(either) == whole, f"{name!r} {key!r} byte {place}"
 
 
-def test_any_flipped_byte_of_the_file_is_repaired_or_refused(made: Made, level: Path) -> None:
+def test_any_flipped_byte_of_the_file_is_repaired_or_refused(made: Made, either: Path) -> None:
     """The same in the bytes of the file, where a disk does it: a hundred places anywhere. Each is repaired, or was no
     part of any record, or is refused; never is the directory another one."""
-    whole = contents(level)
-    file = level / records.DATA_FILE
+    whole = contents(either)
+    file = either / records.DATA_FILE
     image = file.read_bytes()
     chance = random.Random(9)
     outcomes: dict[str, int] = {}
@@ -846,11 +1015,11 @@ def test_any_flipped_byte_of_the_file_is_repaired_or_refused(made: Made, level: 
         damaged[place] ^= chance.randrange(1, 256)
         file.write_bytes(damaged)
         try:
-            said = mend(level, made.members)
+            said = mend(either, made.members)
         except (StoreDamaged, StoreForeign):
             outcomes["refused"] = outcomes.get("refused", 0) + 1
             continue
-        assert contents(level) == whole, f"byte {place}: {said}"
+        assert contents(either) == whole, f"byte {place}: {said}"
         kind = "repaired" if said.about("repairing") else "whole"
         outcomes[kind] = outcomes.get(kind, 0) + 1
     assert min(outcomes.get("repaired", 0), outcomes.get("whole", 0)) > 3, outcomes

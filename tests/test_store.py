@@ -185,6 +185,14 @@ class OnDisk:
     def commit_id(self) -> int:
         return int(self.meta.get("commit_id", 0))
 
+    def expected(self) -> dict[tuple[str, str], tuple[int, int, int, str]]:
+        """The values that the whole log makes: as of commit_id, but for the keys that the disk is behind with."""
+        behind = self.meta.get("behind") or {"after": self.commit_id, "key": ""}
+        place, _, name = behind["key"].partition("\0")
+        before, now = replay(self.log[: behind["after"]]), replay(self.log[: self.commit_id])
+        kept = {where: value for where, value in before.items() if where >= (place, name)}
+        return {where: value for where, value in now.items() if where < (place, name)} | kept
+
     def state(self) -> str:
         ballot = self.meta.get("ballot", {"term": 0, "voted_for": None})
         last = self.first - 1 + len(self.log)
@@ -299,7 +307,7 @@ def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -
     first = store.journal.first
     stage(store, *(put_command(f"key-{n % 2}", f"{n}") for n in range(5, 21)))
     outcomes = store.apply(store.journal.entries(5, 20, GIB))
-    store.write(effects=False)
+    store.write(keys=0)
     assert store.has_effects
     assert store.journal.first == first
     assert store.get({"key": "key-0"})["value"] == "20"
@@ -316,6 +324,45 @@ def test_effects_may_stay_behind(tmp_path: Path, opened: Callable[..., Store]) -
     again.close()
     after = opened(tmp_path, log_entries=3)
     assert (after.commit_id, after.get({"key": "key-0"})["version"]) == (20, 10)
+
+
+@pytest.mark.parametrize("written", range(8))
+def test_a_flush_goes_on_after_a_restart(tmp_path: Path, opened: Callable[..., Store], written: int) -> None:
+    """Seven values leave for the disk one by one, in the order of their keys; meanwhile all seven change again. The
+    node ends after some of them: what is on disk is as of two commit_ids, and the log, which is not shortened past the
+    first of them, has the rest. A restart finds every value, with its version, as if all had been written at once, and
+    goes on; reads see the newest all the while."""
+    store = opened(tmp_path, log_entries=1)
+    store.found(ADDRESS, MEMBERS)
+    stage(store, *(put_command(f"key-{n}", value) for value in ("first", "second", "third") for n in range(7)))
+    commit(store, 7)
+    store.apply(store.journal.entries(8, 14, GIB))
+    for number in range(written):
+        store.write(keys=1)
+        if not number:
+            store.apply(store.journal.entries(15, 21, GIB))
+        assert {store.get({"key": f"key-{n}"})["value"] for n in range(7)} == {"third"}
+        assert store.journal.base.id.commit_id == (13 if store.behind is None else 7)
+    assert (store.behind is not None) == (0 < written < 7)
+    store.close()
+
+    disk = OnDisk(tmp_path)
+    assert disk.commit_id == (14 if written else 7)
+    assert [disk.values["default", f"key-{n}"][2] for n in range(7)] == [2] * written + [1] * (7 - written)
+    again = opened(tmp_path, log_entries=1)
+    value, version = ("second", 2) if written else ("first", 1)
+    for n in range(7):
+        found = again.get({"key": f"key-{n}"})
+        assert (found["value"], found["version"]) == (value, version)
+    while again.behind is not None:
+        again.write(keys=2)
+    assert (again.commit_id, again.commit_id_on_disk) == (disk.commit_id, disk.commit_id)
+    assert {again.get({"key": f"key-{n}"})["version"] for n in range(7)} == {version}
+    again.apply(again.journal.entries(again.commit_id + 1, 21, GIB))
+    again.write()
+    assert again.journal.first == 21
+    again.close()
+    assert [value[2] for value in OnDisk(tmp_path).values.values()] == [3] * 7
 
 
 def test_what_is_found_is_the_newest_before_and_after_a_transaction(
@@ -763,7 +810,7 @@ def check_recovered(directory: Path, allowed: list[str]) -> None:
     disk = OnDisk(directory)
     assert recovered == disk.state()
     assert recovered in allowed
-    assert disk.values == replay(disk.log[: disk.commit_id])
+    assert disk.values == disk.expected()
 
 
 @pytest.mark.parametrize("seed", [20261])
@@ -927,7 +974,7 @@ def test_an_error_inside_a_write_leaves_nothing_half_done(
     assert store.find(read) == store.find(read)  # and it is in memory now
     assert len(store._cache) == 1
 
-    def defect(_: object) -> None:
+    def defect(*_: object) -> None:
         raise RuntimeError("a defect")
 
     monkeypatch.setattr(store, "_put_effects", defect)
@@ -1159,8 +1206,9 @@ def agree(store: Store, model: Model) -> None:
 @pytest.mark.parametrize("seed", range(12))
 def test_disk_equals_memory_through_any_history(tmp_path: Path, seed: int) -> None:
     """Random appends of a leader, entries of other leaders that are known already, continue or replace the staged
-    suffix, commits, forgetting, writes and restarts with and without a write before, against plain lists: after each
-    write the disk, read without our code, is equal to memory; after a restart without one, to the last write."""
+    suffix, commits, forgetting, writes of all effects or some, and restarts with and without a write before, against
+    plain lists: after each write the disk, read without our code, is equal to memory; after a restart without one, to
+    the last write."""
     chance = random.Random(seed)
     store, model, durable = Store("database", tmp_path), Model(), Model()
     store.found(ADDRESS, MEMBERS)
@@ -1198,8 +1246,9 @@ def test_disk_equals_memory_through_any_history(tmp_path: Path, seed: int) -> No
             elif what == "forget":
                 journal.forget(store.commit_id, 2, 500)
             elif what == "write":
-                store.write(store.ballot if chance.random() < 0.5 else None)
+                store.write(store.ballot if chance.random() < 0.5 else None, keys=chance.choice([None, 0, 1, 1, 1, 2]))
                 durable = model.copy()
+                durable.commit_id = store.commit_id_on_disk
             elif what == "reopen":
                 if chance.random() < 0.5:
                     store.write()
@@ -1207,7 +1256,7 @@ def test_disk_equals_memory_through_any_history(tmp_path: Path, seed: int) -> No
                 store.close()
                 disk = OnDisk(tmp_path)
                 assert (disk.log, disk.commit_id) == (durable.log, durable.commit_id)
-                assert disk.values == replay(durable.log[: durable.commit_id])
+                assert disk.values == disk.expected()
                 store, model = Store("database", tmp_path), durable.copy()
             agree(store, model)
         store.write()

@@ -37,7 +37,7 @@ from raftnode.messages import (
     decode_command,
     store_key,
 )
-from raftnode.namespaces import Outcome
+from raftnode.namespaces import Behind, Outcome
 from raftnode.store import Store
 from raftnode.testing.fabric import Fabric, Session, SimulatedTransport, describe
 from raftnode.testing.invariants import Invariants
@@ -70,7 +70,7 @@ class Mirror:
 
     Invariants: `entries[n]` has commit_id `n + 1`, and those up to `base` were on disk once, or are what others have
     committed there, if they came as a snapshot; `state` is what the entries up to `commit_id` make, worked out here and
-    not by the product.
+    not by the product; while the disk is behind with some keys, `before` is what it was when that flush began.
     """
 
     def __init__(self, founding: Membership) -> None:
@@ -82,6 +82,9 @@ class Mirror:
         self.membership = founding
         self._current = records.COMMITTED
         self.state: dict[bytes, records.Record] = {}
+        self.before: dict[bytes, records.Record] = {}
+        self.behind: Behind | None = None
+        self._flushed: set[bytes] = set()  # the keys that this flush writes, or has written
         self._comparisons = 0
 
     @property
@@ -122,12 +125,30 @@ class Mirror:
         count, kept = txn.stat(db(records.LOG))["entries"], len(self.entries) - base.id.commit_id
         assert count == kept, f"the log on disk has no rests: {name} has {count}, not {kept}"
         assert commit_id <= len(self.entries), f"applied entries are on disk: {name} lacks {commit_id}"
-        changed = self._advance(commit_id)
+        self._follow_flush(_fact(txn, meta, b"behind", Behind | None), commit_id, name)
         self._comparisons += 1
         if has_installed or self._comparisons % FULL_CHECK_EVERY == 0:
             self.compare(txn, db, name)
         else:
-            self._compare_keys(txn, db(current), changed, name)
+            self._compare_keys(txn, db(current), self._flushed, name)
+
+    def _follow_flush(self, behind: Behind | None, commit_id: int, name: str) -> None:
+        """The disk has come to `commit_id`, but for the keys that it is `behind` with."""
+        last = self.commit_id if self.behind is None else self.behind.after
+        if behind is not None and self.behind is None:
+            self.before = dict(self.state)
+        if behind is not None:
+            assert last == behind.after >= self.base.id.commit_id, f"{name} is behind {last}, not {behind.after}"
+            assert self.behind is None or self.behind.key <= behind.key, f"a flush goes on: {name} is at {behind.key!r}"
+            assert self.behind is None or self.commit_id == commit_id, f"{name} began a flush in another"
+        if self.behind is None:
+            self._flushed = set()
+        self._flushed |= self._advance(commit_id)
+        self.behind = behind
+
+    def _expected(self, key: bytes) -> records.Record | None:
+        is_behind = self.behind is not None and key >= self.behind.store_key
+        return (self.before if is_behind else self.state).get(key)
 
     def _install(self, commit_id: int, history: Sequence[Entry], name: str) -> None:
         """A snapshot is there: its state must be what all that was committed up to there makes."""
@@ -135,7 +156,7 @@ class Mirror:
             f"a snapshot is of what is committed: {name} had {self.commit_id}, has {commit_id} of {len(history)}"
         )
         self.entries[:] = history[:commit_id]
-        self.commit_id, self.state = 0, {}
+        self.commit_id, self.state, self.behind = 0, {}, None
         self._advance(commit_id)
 
     def _begin_after(self, base: Mark, name: str) -> None:
@@ -151,7 +172,8 @@ class Mirror:
         on_disk, first = list(_entries(txn, db(records.LOG), 1)), self.base.id.commit_id
         assert on_disk == self.entries[first:], f"the log on disk is the one that was written: {name}"
         keys = [bytes(key) for key in txn.cursor(db(self._current)).iternext(values=False)]
-        assert keys == sorted(self.state), f"state equals log: {name} has the keys {keys}, not {sorted(self.state)}"
+        expected = [key for key in sorted({*self.state, *self.before}) if self._expected(key) is not None]
+        assert keys == expected, f"state equals log: {name} has the keys {keys}, not {expected}"
         self._compare_keys(txn, db(self._current), keys, name)
 
     def _advance(self, commit_id: int) -> set[bytes]:
@@ -177,8 +199,8 @@ class Mirror:
         for key in sorted(keys):
             stored = txn.get(key, db=db)
             record = None if stored is None else records.unpack_record(key, bytes(stored))
-            assert record == self.state.get(key), (
-                f"state equals log: {name} has {record} under {key!r}, its log makes {self.state.get(key)}"
+            assert record == self._expected(key), (
+                f"state equals log: {name} has {record} under {key!r}, its log makes {self._expected(key)}"
             )
 
 
@@ -201,7 +223,7 @@ class SimulatedStore(Store):
         self._node = node
         super().__init__("database", node.directory, settings=node.settings, new_id=node.new_id)
 
-    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, effects: bool = True) -> bool:
+    def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, keys: int | None = None) -> bool:
         """As `Store.write`, if the node lives that long."""
         node = self._node
         unwritten = self.journal.unwritten()
@@ -209,7 +231,7 @@ class SimulatedStore(Store):
         changed_from = unwritten.cut_from or len(node.disk.entries) + 1
         before = self._transactions
         try:
-            has_installed = super().write(ballot, chunk, effects)
+            has_installed = super().write(ballot, chunk, keys)
         finally:
             self._look(changed_from)
         assert self._transactions <= before + 1, f"one transaction: {node.name} could die in the middle of a write"
@@ -226,9 +248,9 @@ class SimulatedStore(Store):
         assert env is not None, "the environment is open while it is written"
         return int(env.info()["last_txnid"])
 
-    def _put_facts(self, txn: lmdb.Transaction, effects: bool) -> dict[bytes, object]:
+    def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
         """The last step of a transaction, and so the place where it can fail."""
-        facts = super()._put_facts(txn, effects)
+        facts = super()._put_facts(txn)
         fault, self._node.write_fault = self._node.write_fault, None
         if fault is WriteFault.KEPT:
             txn.commit()

@@ -112,6 +112,7 @@ class Options(Struct, frozen=True, kw_only=True):
         what they drew."""
         short = random.Random(f"short logs {seed}").choice
         cached = random.Random(f"cache {seed}").choice
+        stepped = random.Random(f"flush step {seed}").choice
         return Settings(
             heartbeat_ms=heartbeat,
             election_low_ms=low,
@@ -129,6 +130,7 @@ class Options(Struct, frozen=True, kw_only=True):
             flush_delay_ms=pick([1, 50, 200]),
             flush_entries=pick([1, 3, 512]),
             flush_bytes=pick([1, 500, 4 * MIB]),
+            flush_step=stepped([1, 2, 16]),
             stall_timeout_ms=low * pick([2, 5]),
             reconnect_ms=pick([1, 20, 100]),
             reconnect_high_ms=pick([20, 100, 500]),

@@ -102,6 +102,12 @@ class Namespaces:
         """All changes that are not on disk yet, as they are now."""
         return {**self.leaving, **self.changes}
 
+    def waiting_between(self, after: bytes, last: bytes | None) -> list[bytes]:
+        """The keys of these changes past `after`, up to `last`; None: to the end. Some may come twice."""
+        if last is None:
+            return [key for changes in (self.leaving, self.changes) for key in changes if key > after]
+        return [key for changes in (self.leaving, self.changes) for key in changes if after < key <= last]
+
     def begin_flush(self) -> None:
         """All that is not on disk yet is on its way there from now on. If a flush was under way, what is left of it can
         only be written together with the rest, in one transaction."""

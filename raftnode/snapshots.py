@@ -110,9 +110,7 @@ class Transfer:
         else:
             end = None
         self.walked = end
-        for key in self._store.namespaces.waiting():
-            if key > begin:
-                self._track(key)
+        self._tracked.update(dict.fromkeys(self._store.namespaces.waiting_between(begin, end)))
 
     def _send_again(self, chunk: Chunk, size: int) -> None:
         """Tracked keys, the oldest first, as they are now."""

@@ -585,6 +585,20 @@ def test_a_newer_format_is_refused(tmp_path: Path) -> None:
         Store("database", tmp_path)
 
 
+def test_an_older_format_is_taken_up(tmp_path: Path, opened: Callable[..., Store]) -> None:
+    """A directory of format 2, which knew of no flush in parts, goes on as it is, and is of the newest format from its
+    first transaction on: an older raftnode must not read it after that."""
+    a_store_with(tmp_path, 3, 2)
+    change(tmp_path, b"meta", b"format", lambda _: records.pack_meta(b"format", 2))
+    store = opened(tmp_path)
+    assert (store.commit_id, store.behind) == (3, None)
+    store.write()
+    store.close()
+    disk = OnDisk(tmp_path)
+    assert disk.meta["format"] == records.FORMAT
+    assert disk.values == disk.expected()
+
+
 def test_a_file_that_was_cut_off_never_kills_the_process(tmp_path: Path) -> None:
     """A page that is not there is a SIGBUS when it is read, which no except clause sees. However many pages are
     missing at the end, opening and reading everything in a process of its own either works or is refused with words

@@ -493,7 +493,7 @@ class Directory:
             effect, problem = (None, "") if record.entry is None else _effect_of(record.entry)
             if record.damage or problem:
                 damage.append(f"{record.damage or problem}; {then}")
-            if record.entry is not None and isinstance(effect, Change) and effect.key >= start:
+            if record.entry is not None and isinstance(effect, Change) and behind.lacks(record.commit_id, effect):
                 yield record.entry, effect
 
     def _below(self, key: bytes) -> Below | None:

@@ -51,6 +51,17 @@ class Behind(Struct, frozen=True):
     def store_key(self) -> bytes:
         return self.key.encode()
 
+    def lacks(self, commit_id: int, effect: Effect) -> bool:
+        """True when what a committed entry has done is not in the values on disk yet."""
+        return commit_id > self.after and isinstance(effect, Change) and effect.key >= self.store_key
+
+    def contradiction(self, base: int, commit_id: int) -> str:
+        """What can't be true in a directory whose log begins after `base`, in words; "" when all can."""
+        if base <= self.after < commit_id:
+            return ""
+        values = f"values are as of {self.after} still, by the record 'behind' of the node"
+        return f"{values}, but the log begins after {base}, and {commit_id} is committed"
+
 
 Changes: TypeAlias = dict[bytes, Record | None]
 """By store key: the value to write, or None to delete it."""
@@ -133,9 +144,8 @@ class Namespaces:
     def resume_flush(self, behind: Behind, entries: Sequence[Entry], on_disk: Callable[[bytes], Record | None]) -> None:
         """After a restart: carry out again, from the entries past `behind.after` up to the commit_id on disk, what was
         still to be written."""
-        start = behind.store_key
         for entry in entries:
             effect = decode_effect(entry.command)
-            if isinstance(effect, Change) and effect.key >= start:
+            if behind.lacks(entry.commit_id, effect):
                 self.apply(entry, on_disk, effect=effect)
         self.begin_flush()

@@ -223,10 +223,8 @@ class Facts(Struct, frozen=True, kw_only=True):
         base, committed, behind = self.base.id.commit_id, self.commit_id, self.behind
         if base > committed:
             return [f"{committed} is committed, but the log begins after {base}"]
-        if behind is not None and not base <= behind.after < committed:
-            values = f"values are as of {behind.after} still, by the record 'behind' of the node"
-            return [f"{values}, but the log begins after {base}, and {committed} is committed"]
-        return []
+        wrong = "" if behind is None else behind.contradiction(base, committed)
+        return [wrong] if wrong else []
 
     @property
     def others(self) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Final
 
 from msgspec import Raw, Struct
 
-from raftnode.messages import Change, Effect, Entry, decode_effect
+from raftnode.messages import Entry, decode_effect
 from raftnode.namespaces import Behind, Namespaces
 from raftnode.records import Record, pack_record
 
@@ -41,13 +41,14 @@ class Replay:
 
     def __init__(self, behind: Behind | None = None) -> None:
         self.state: dict[bytes, Written] = {}
-        self._behind = behind
+        self.behind = behind
+        """May be told later, before an entry that it may concern."""
         self._namespaces = Namespaces()
 
     def apply(self, entry: Entry) -> None:
         """Carry out the next committed entry. Raises ProtocolError for one that no version of ours wrote."""
         effect = decode_effect(entry.command)
-        if self._is_not_written(entry, effect):
+        if self.behind is not None and self.behind.lacks(entry.commit_id, effect):
             return
         self._namespaces.apply(entry, self._find, effect=effect)
         changes = self._namespaces.changes
@@ -58,13 +59,6 @@ class Replay:
                 checksum = pack_record(key, record)[:4]
                 self.state[key] = Written(record.created, record.modified, record.version, checksum)
         changes.clear()
-
-    def _is_not_written(self, entry: Entry, effect: Effect) -> bool:
-        """True when the flush has not come to what this entry does."""
-        behind = self._behind
-        if behind is None or entry.commit_id <= behind.after:
-            return False
-        return isinstance(effect, Change) and effect.key >= behind.store_key
 
     def _find(self, key: bytes) -> Record | None:
         written = self.state.get(key)

@@ -77,7 +77,8 @@ class Store:
     """One node's durable state.
 
     Public facts: `node_id`, `cluster_id` (None until founded), `address`, `ballot`, `journal`, `commit_id`.
-    Invariant: after `write` returns, disk and memory are equal; if it raises, the store takes nothing more.
+    Invariant: after `write` returns, disk and memory are equal, but for effects that wait; if it raises, the store
+    takes nothing more.
     """
 
     def __init__(
@@ -209,11 +210,8 @@ class Store:
                 f"{self._how_to_repair()}",
                 self.commit_id,
             )
-        if self.behind is not None and not base.id.commit_id <= self.behind.after < self.commit_id:
-            raise StoreDamaged(
-                f"{self.data_dir} is behind entry {self.behind.after} with some keys, but has the log after "
-                f"{base.id.commit_id}, and {self.commit_id} as committed. {RESTORE}"
-            )
+        if self.behind is not None and (wrong := self.behind.contradiction(base.id.commit_id, self.commit_id)):
+            raise StoreDamaged(f"{self.data_dir}: {wrong}. {RESTORE}")
         last = base
         for entry in self._scan(txn, base, max(base.id.commit_id + 1, self.commit_id), newest):
             last = Mark(entry.id, entry.checksum)

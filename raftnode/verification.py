@@ -35,8 +35,7 @@ from raftnode.consensus.witness import History, Witness
 from raftnode.environment import check_structure, open_reader
 from raftnode.errors import ProtocolError, StoreDamaged
 from raftnode.inspection import Directory, Facts, LogRecord, StoredValue
-from raftnode.messages import GENESIS, Change, Entry, EntryId, MembersCommand, decode_command, decode_effect
-from raftnode.namespaces import Behind
+from raftnode.messages import GENESIS, Entry, EntryId, MembersCommand, decode_command, decode_effect
 from raftnode.replay import Replay, Written
 
 _PAGE_TRIES: Final = 3
@@ -104,8 +103,6 @@ class _Verification:
         self._advance = advance
         self._steps = 0
         self._replay: Replay | None = Replay()
-        self._behind: Behind | None = None
-        """Of the last look. Of the look before no entry is carried out that may concern it."""
         self._next = 1
         """The position after those that were read."""
         self._newest: Entry | EntryId = GENESIS
@@ -127,7 +124,9 @@ class _Verification:
                 self._check_entry(record, committed)
         with Directory(self._path, self._map_bytes) as opened:
             opened.hold_s, opened.as_on_disk = math.inf, True
-            newest, self._behind = opened.facts.commit_id or 0, opened.behind
+            newest = opened.facts.commit_id or 0
+            if self._replay is not None:
+                self._replay.behind = opened.behind  # it concerns no entry of the look before
             for record in opened.entries(max(opened.first, written + 1)):
                 self._check_entry(record, newest)
             self._check_facts(opened)
@@ -199,7 +198,7 @@ class _Verification:
 
     def _carry_out(self, entry: Entry, committed: int) -> None:
         try:
-            if self._replay is not None and entry.commit_id <= committed and self._is_written(entry):
+            if self._replay is not None and entry.commit_id <= committed:
                 self._replay.apply(entry)
             else:
                 decode_effect(entry.command)
@@ -211,14 +210,6 @@ class _Verification:
             reason = f"entry {entry.commit_id}: {error}"
             self._tell(Problem(check="entry", reason=reason, commit_id=entry.commit_id))
             self._end_replay(reason)
-
-    def _is_written(self, entry: Entry) -> bool:
-        """True when what a committed entry has changed must be on disk."""
-        behind = self._behind
-        if behind is None or entry.commit_id <= behind.after:
-            return True
-        effect = decode_effect(entry.command)
-        return not isinstance(effect, Change) or effect.key < behind.store_key
 
     # --- the facts ---
 
@@ -318,14 +309,10 @@ def _wrong_facts(facts: Facts, opened: Directory, newest: Entry | EntryId) -> li
 
 def _wrong_behind(facts: Facts) -> list[str]:
     """While a flush is under way, the log has every entry that is not on disk for all keys."""
-    behind = facts.behind
-    if behind is None or facts.commit_id is None or facts.base is None:
+    if facts.behind is None or facts.commit_id is None or facts.base is None:
         return []
-    base = facts.base.id.commit_id
-    if base <= behind.after < facts.commit_id:
-        return []
-    values = f"values are as of {behind.after} still, by the record 'behind' of the node"
-    return [f"{values}, but the log begins after {base}, and {facts.commit_id} is committed"]
+    wrong = facts.behind.contradiction(facts.base.id.commit_id, facts.commit_id)
+    return [wrong] if wrong else []
 
 
 def _wrong_names(facts: Facts) -> list[str]:

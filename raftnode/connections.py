@@ -155,6 +155,7 @@ class Connection(Wire):
         self._under_way = 0
         self._under_way_bytes = 0
         self._in_order = False  # a request without id is under way
+        self._is_greeting = False  # a hello is under way: nothing that follows it is taken before it is answered
         self._is_paused = False
         self._is_closing = False  # nothing more is taken; what is under way is still answered
         self._has_heard_all = False  # the other end will say no more
@@ -228,7 +229,7 @@ class Connection(Wire):
         """
         ready: list[Letter] = []
         owner, backlog, limit, decoded = self.owner, self._backlog, self.owner.settings.pipeline_requests, 0
-        while backlog and not self.is_full and self._under_way < limit:
+        while backlog and not self._is_greeting and not self.is_full and self._under_way < limit:
             item = backlog.popleft()
             if not isinstance(item, _OPENED):
                 if decoded and (decoded >= _MOST_AT_ONCE or not self._has_time(owner.now())):
@@ -334,6 +335,8 @@ class Connection(Wire):
         self.owner.in_flight_bytes += arrival.size
         if arrival.message.id is UNSET:
             self._in_order = True
+        if type(arrival.message) is Hello:
+            self._is_greeting = True
 
     def _finish(self, arrival: Arrival) -> None:
         self._under_way -= 1
@@ -341,6 +344,8 @@ class Connection(Wire):
         self.owner.in_flight_bytes -= arrival.size
         if arrival.message.id is UNSET:
             self._in_order = False
+        if type(arrival.message) is Hello:
+            self._is_greeting = False
 
     def _read_on(self, may_read: bool) -> None:
         may_read = may_read or self._is_closing  # what comes after all was taken is dropped
@@ -443,12 +448,16 @@ class Connection(Wire):
         self.send(failure("error", "overloaded", why))
         self.owner.end_pass_soon()
         self.is_surplus = False
-        self._backlog.clear()
         self.close_after_answer()
         self._has_heard_all = True  # nobody lingers in a storm
 
     def close_after_answer(self) -> None:
-        """Send what is due, then end the connection: somebody who was refused."""
+        """Send what is due, then end the connection: somebody who was refused. Of what waits only requests are due that
+        were taken before, and put back; what came later is dropped."""
+        taken = [item for item in self._backlog if isinstance(item, Arrival)]
+        self._backlog.clear()
+        self._backlog.extend(taken)
+        self._unread = b""
         self._is_closing = True
         self.begun_at = None
 

@@ -262,7 +262,8 @@ class Environment:
     # --- room ---
 
     def sizes(self) -> dict[str, int]:
-        """Bytes: `map`, `file`, `used` (pages that hold data), `disk_free`, and `room`: what can still be written."""
+        """Bytes: `map`, `file`, `used` (pages that hold data), `disk_free`, and `room`: what can still be written.
+        Raises StoreFailed when the directory can't be looked at."""
         env = self._usable()
         info, page = env.info(), env.stat()["psize"]
         with env.begin() as txn:
@@ -271,7 +272,13 @@ class Environment:
                 for stat in (txn.stat(db) for db in self._dbs.values())
             )
         file, used_bytes = (info["last_pgno"] + 1) * page, used * page
-        disk = os.statvfs(self.path)
+        try:
+            disk = os.statvfs(self.path)
+        except OSError as error:
+            raise StoreFailed(
+                f"{self.path} can't be looked at: {error}. If it was moved or deleted, put it back as it was, then "
+                "start the node again"
+            ) from error
         disk_free = disk.f_bavail * disk.f_frsize
         room = min(info["map_size"] - used_bytes, disk_free + max(0, file - used_bytes))
         return {"map": info["map_size"], "file": file, "used": used_bytes, "disk_free": disk_free, "room": room}

@@ -1086,6 +1086,14 @@ def test_room_is_looked_up_in_time_and_not_always(
     assert len(looks) == 4
 
 
+def test_a_directory_that_is_gone_is_a_failure_with_words(tmp_path: Path, opened: Callable[..., Store]) -> None:
+    """Somebody has moved the directory of a running node: how much room there is can't be told any more."""
+    store = opened(tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    with pytest.raises(StoreFailed, match="put it back as it was"):
+        store.room(0.0)
+
+
 def test_dead_readers_are_cleared(tmp_path: Path, opened: Callable[..., Store]) -> None:
     """A reader that was killed in its transaction holds its pages for ever, and the file grows without end behind it;
     its slot is freed on request, once, and after that the file stops growing (TRAPS, LMDB, "SIGKILL of a reader")."""

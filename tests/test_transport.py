@@ -488,6 +488,22 @@ def test_a_refused_greeting_leaves_no_socket(start: Callable[..., RaftNode], pla
     until(lambda: node.connection_count == 0, "they are closed")
 
 
+@pytest.mark.parametrize("ids", [False, True], ids=["in order", "overlapping"])
+def test_what_came_with_a_refused_greeting_has_no_effect(start: Callable[..., RaftNode], ids: bool) -> None:
+    """A put follows a hello that is refused, in the same packet: it was read before the refusal, which drops it."""
+    node = start()
+    talk = [hello(node, "n1", node.my_ip) | {"cluster": "0" * 16}, {"type": "put", "key": "late", "value": 1}]
+    if ids:
+        talk[0]["id"] = 1
+    with Line(node.my_ip) as client:
+        client.file.write(b"".join(json.dumps(message).encode() + b"\n" for message in talk))
+        client.file.flush()
+        assert client.read()["error"]["code"] == "wrong_cluster"
+        assert client.file.read() == b""
+    with Line(node.my_ip) as client:
+        assert client.ask({"type": "get", "key": "late"})["data"]["value"] is None
+
+
 def test_who_is_refused_in_the_middle_of_a_talk_gets_every_answer(start: Callable[..., RaftNode]) -> None:
     """Somebody asks for more than a socket buffer holds, says a hello that is refused, and goes on talking, all before
     it reads anything. What it is owed comes whole, up to the refusal, and then an end: no reset, which would drop what

@@ -42,8 +42,8 @@ class Flushing:
         """How many changed values should go along with a transaction that has something else to write."""
         store = self._store
         if store.behind is not None:
-            on_time = store.namespaces.begun_with * max(0.0, 1 - _HASTE * self._collected())
-            return max(self._step, len(store.namespaces.leaving) - int(on_time))
+            on_time = len(store.namespaces.leaving) * max(0.0, 1 - _HASTE * self._collected())
+            return max(self._step, store.namespaces.left - int(on_time))
         is_late = self._since is not None and now >= self._since + _PATIENCE * self._delay
         if not is_late and self._collected() < 1:
             return 0

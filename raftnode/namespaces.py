@@ -17,7 +17,6 @@ on values of two times.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from itertools import islice
 from typing import Final, TypeAlias
 
 from msgspec import Raw, Struct
@@ -74,9 +73,14 @@ class Namespaces:
         self.changes: Changes = {}
         """Those since the last flush began."""
         self.leaving: Changes = {}
-        """Those of the flush that is under way, in the order of their keys."""
-        self.begun_with = 0
-        """How many they were when it began."""
+        """Those of the flush that is under way, to its end: some of them may be on disk by now."""
+        self._order: list[bytes] = []  # their keys, as they go
+        self._gone = 0  # so many of them are on disk
+
+    @property
+    def left(self) -> int:
+        """How many changes of the flush that is under way are not on disk yet."""
+        return len(self._order) - self._gone
 
     def apply(
         self,
@@ -111,10 +115,11 @@ class Namespaces:
 
     def waiting(self) -> Changes:
         """All changes that are not on disk yet, as they are now."""
-        return {**self.leaving, **self.changes}
+        return {**{key: self.leaving[key] for key in self._order[self._gone :]}, **self.changes}
 
     def waiting_between(self, after: bytes, last: bytes | None) -> list[bytes]:
-        """The keys of these changes past `after`, up to `last`; None: to the end. Some may come twice."""
+        """The keys of these changes past `after`, up to `last`; None: to the end. Some may come twice, or be on disk by
+        now."""
         if last is None:
             return [key for changes in (self.leaving, self.changes) for key in changes if key > after]
         return [key for changes in (self.leaving, self.changes) for key in changes if after < key <= last]
@@ -122,24 +127,20 @@ class Namespaces:
     def begin_flush(self) -> None:
         """All that is not on disk yet is on its way there from now on. If a flush was under way, what is left of it can
         only be written together with the rest, in one transaction."""
-        changes = self.waiting()
-        self.leaving = {key: changes[key] for key in sorted(changes)}
-        self.begun_with, self.changes = len(changes), {}
+        self.leaving = self.waiting() if self.left else self.changes
+        self.changes, self._order, self._gone = {}, sorted(self.leaving), 0
 
     def next(self, count: int | None) -> tuple[Changes, bytes | None]:
         """The next `count` of those that are leaving (None: all), and the key that follows; None when none does."""
-        if count is None or count >= len(self.leaving):
-            return self.leaving, None
-        keys = list(islice(self.leaving, count + 1))
-        return {key: self.leaving[key] for key in keys[:count]}, keys[count]
+        first, last = self._gone, len(self._order) if count is None else self._gone + count
+        following = self._order[last] if last < len(self._order) else None
+        return {key: self.leaving[key] for key in self._order[first:last]}, following
 
     def written(self, changes: Changes) -> None:
         """These, of those that were leaving, are on disk."""
-        if len(changes) == len(self.leaving):
-            self.leaving = {}
-        else:
-            for key in changes:
-                del self.leaving[key]
+        self._gone += len(changes)
+        if self._gone == len(self._order):
+            self.leaving, self._order, self._gone = {}, [], 0
 
     def resume_flush(self, behind: Behind, entries: Sequence[Entry], on_disk: Callable[[bytes], Record | None]) -> None:
         """After a restart: carry out again, from the entries past `behind.after` up to the commit_id on disk, what was

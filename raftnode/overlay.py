@@ -117,7 +117,5 @@ def carry_out(
 
     for entry, change in changes:
         namespaces.apply(entry, find, effect=change)
-    namespaces.begin_flush()
-    return Overlay(
-        behind, commit_id, namespaces.leaving, {key: below for key, below in seen.items() if below is not None}, damage
-    )
+    ordered = {key: namespaces.changes[key] for key in sorted(namespaces.changes)}
+    return Overlay(behind, commit_id, ordered, {key: below for key, below in seen.items() if below is not None}, damage)

@@ -21,6 +21,8 @@ _OPENING, _CLOSING = re.compile(rb"\{++"), re.compile(rb"\}++")
 _QUOTE, _OPEN = b'"{'
 _LOOK_AHEAD: Final = 1 << 18
 """A message longer than this is looked at while it comes, so that its end finds little left to do."""
+_LONG: Final = 512
+"""A line that begins without an end in so many bytes is likely to be followed by others like it: see `_split`."""
 _ALL: Final = 1 << 62
 _STEPS: Final = 50_000
 """How far a line is parted at a time: some ten milliseconds."""
@@ -122,6 +124,20 @@ def _after_blanks(buffer: bytes | bytearray, start: int) -> int:
     return found.end()
 
 
+def _split(data: bytes) -> list[bytes]:
+    """What stands before, between and after the newlines. `bytes.split` looks at one byte after the other; `find` at
+    many at once, but has to be called for each line. With lines of 1.3 KB that takes half the time, and where a part of
+    a long one has no newline a thirtieth; with lines of 60 bytes four times as long."""
+    if data.find(b"\n", 0, _LONG) >= 0:
+        return data.split(b"\n")
+    lines, start = [], 0
+    while (end := data.find(b"\n", start)) >= 0:
+        lines.append(data[start:end])
+        start = end + 1
+    lines.append(data[start:])
+    return lines
+
+
 class Framer:
     """Cuts one direction of one connection into frames.
 
@@ -139,7 +155,7 @@ class Framer:
 
     def feed(self, data: bytes) -> list[Frame]:
         """The frames that these bytes complete, in order. A frame may be any bytes: it is for the codec to judge."""
-        lines = data.split(b"\n")
+        lines = _split(data)
         rest = lines.pop()
         frames: list[Frame] = []
         if not self.pending and not self._skipping and len(data) <= self.limit:

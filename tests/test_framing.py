@@ -156,6 +156,19 @@ def test_any_bytes_are_framed(stream: bytes, places: list[int], limit: int) -> N
 
 
 @fixed
+@given(st.lists(st.binary(max_size=6).map(lambda b: b.replace(b"\n", b"")), min_size=1, max_size=8), st.integers(0, 8))
+def test_long_lines_are_cut_where_short_ones_are(lines: list[bytes], long: int) -> None:
+    """They are cut in another way, for speed, from a length on that is moved down to theirs here."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(framing, "_LONG", long)
+        framer = Framer(BIG)
+        framer.lines_only = True
+        found = framer.feed(b"\n".join([*lines, b""]))
+    assert found == [line for line in lines if line.strip()]
+    assert not framer.pending
+
+
+@fixed
 @given(
     objects=st.lists(st.dictionaries(texts, texts | st.lists(texts, max_size=3), max_size=3), max_size=6),
     ends=st.lists(st.sampled_from([b"\n", b"\r\n", b"", b" ", b"\n\n"]), min_size=6, max_size=6),

@@ -1,6 +1,7 @@
 """Compaction: the log ends somewhere. Layer 2, part of the store.
 
-The log keeps `log_entries` entries, or `log_bytes` of them, behind commit_id; the older ones are deleted. The point
+The log keeps `log_entries` entries behind commit_id, or those that fit into `log_bytes` of the file; the older ones are
+deleted. The point
 where the kept log begins, its *base*, is a fact of the node: id and rolling checksum of the newest entry that is gone
 (thesis 5.1). So the first kept entry is still checked, against the base.
 
@@ -13,6 +14,8 @@ entry that is gone gets a snapshot (`raftnode.snapshots`).
 
 from __future__ import annotations
 
+from typing import Final
+
 import lmdb
 
 from raftnode import records
@@ -21,13 +24,14 @@ from raftnode.consensus.journal import Mark
 from raftnode.errors import StoreDamaged
 from raftnode.messages import Entry
 
+_LOOK: Final = 16
+"""After so many entries it is looked again whether the log is still too long."""
+
 
 class Retention:
-    """How much of the log is kept. Invariant: `size` is that of the commands from the base to the commit_id on disk, in
-    bytes."""
+    """How much of the log is kept."""
 
-    def __init__(self, settings: Settings, size: int) -> None:
-        self.size = size
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
 
     def shorten(
@@ -36,29 +40,42 @@ class Retention:
         """Delete the oldest entries, as many as are too many behind `commit_id`, but none past `applied`, and not many
         more than twice `count`, or twice `size` bytes of them. Returns the new base.
 
-        Nothing rests on what goes any more, so only the last of it is looked at: a look at each takes 1.5 us a put, a
-        fifteenth of all that a put costs a node."""
-        kept, may_go = commit_id - base.id.commit_id, applied - base.id.commit_id
-        if not may_go or not self._is_too_long(kept, self.size):
+        Nothing rests on what goes any more, so only the last of some is looked at: a look at each, or at its size, takes
+        1 to 1.5 us a put, a fifteenth of all that a put costs a node."""
+        first = base.id.commit_id
+        kept = commit_id - first
+        most = min(max(self._settings.compaction_step, 2 * count), applied - first)
+        before = now = self._size(txn, db, kept)
+        least = before - max(self._settings.compaction_bytes, 2 * size)
+        step = min(most, self._excess(kept, now))
+        if step < 1:
             return base
-        most = min(max(self._settings.compaction_step, 2 * count), may_go)
-        most_bytes = max(self._settings.compaction_bytes, 2 * size)
         with txn.cursor(db) as cursor:
-            gone = freed = 0
-            for _, record in cursor.iternext():
-                if gone >= most or freed >= most_bytes or not self._is_too_long(kept - gone, self.size - freed):
-                    break
-                gone, freed = gone + 1, freed + records.size_of_command(bytes(record))
             cursor.first()
-            for _ in range(gone - 1):
+            while step > 0 and now > least:
+                for _ in range(step - 1):
+                    cursor.delete()
+                newest = self._entry_at(cursor, commit_id - kept + step)
                 cursor.delete()
-            newest = self._entry_at(cursor, base.id.commit_id + gone)
-            cursor.delete()
-        self.size -= freed
-        return Mark(newest.id, newest.checksum)
+                base = Mark(newest.id, newest.checksum)
+                most, kept = most - step, kept - step
+                now = self._size(txn, db, kept)
+                step = min(most, self._excess(kept, now))
+        return base
 
-    def _is_too_long(self, count: int, size: int) -> bool:
-        return count > 1 and (count > self._settings.log_entries or size > self._settings.log_bytes)
+    def _excess(self, kept: int, size: int) -> int:
+        """How many of so many entries of this size should go before the next look, as far as can be told."""
+        too_many = kept - self._settings.log_entries
+        if size > (most := self._settings.log_bytes):
+            too_many = max(too_many, 1 + (size - most) * kept // size)
+        return min(too_many, kept - 1, _LOOK)
+
+    @staticmethod
+    def _size(txn: lmdb.Transaction, db: lmdb._Database, kept: int) -> int:
+        """What so many entries of the log take of the file, in bytes: their share of its pages."""
+        log = txn.stat(db)
+        pages = log["leaf_pages"] + log["branch_pages"] + log["overflow_pages"]
+        return int(pages * log["psize"] * kept // max(1, log["entries"]))
 
     @staticmethod
     def _entry_at(cursor: lmdb.Cursor, wanted: int) -> Entry:

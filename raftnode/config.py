@@ -126,8 +126,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     log_entries: int = 100_000
     """The log keeps so many entries behind commit_id; older ones are deleted. A member that lacks more than these gets
     a snapshot of the whole state, so this should be some minutes of writing."""
-    log_bytes: int = 64 * MIB
-    """The same as a size, of their commands; whichever is reached first. One entry is always kept."""
+    log_bytes: int = 96 * MIB
+    """The same as a size, of the file's pages that they are in; whichever is reached first. One entry is always kept."""
     compaction_step: int = 64
     """A transaction deletes at least so many old entries, if there are, or twice what it appends: so the log levels
     off, and no transaction is much longer for it."""

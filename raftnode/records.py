@@ -77,11 +77,6 @@ def unpack_entry(commit_id: int, record: bytes) -> Entry:
     return Entry(term, commit_id, time, checksum, Raw(record[_log_header.size :]))
 
 
-def size_of_command(record: bytes) -> int:
-    """Bytes of the command in a log record."""
-    return len(record) - _log_header.size
-
-
 class Record(Struct, frozen=True):
     """One committed value. Invariant: created <= modified."""
 

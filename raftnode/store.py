@@ -122,6 +122,7 @@ class Store:
         self._viewed: Finder | None = None  # see `_view`
         self._room = (float("inf"), 0)
         self._written_bytes = 0
+        self._retention = Retention(self.settings)
         self.waiting_bytes = 0
         """Size of the commands that were carried out since the last flush began."""
         try:
@@ -141,7 +142,6 @@ class Store:
             self._check_format(txn)
             self._load_facts(txn)
             base, last = self._check_log(txn)
-            self._retention = self._retained(txn, base)
         self._env.claim(self.node_id)
         self.journal = Journal(self, base, last, self._memberships)
         self._resume_flush()
@@ -220,13 +220,6 @@ class Store:
                 f"entry {newest} has term {last.id.term}, but the ballot only {self.ballot.term}", newest
             )
         return base, last
-
-    def _retained(self, txn: lmdb.Transaction, base: Mark) -> Retention:
-        """What the log keeps behind commit_id; counted when no fact tells it, as in an older directory."""
-        size: int | None = self._fact(txn, b"kept_bytes", int)
-        if size is None:
-            size = sum(entry.size for entry in self._scan(txn, base, base.id.commit_id + 1, self.commit_id))
-        return Retention(self.settings, size)
 
     # --- founding ---
 
@@ -492,7 +485,6 @@ class Store:
         if keys is None or self.behind is None:
             self.namespaces.begin_flush()
             self.commit_id_on_disk = self.commit_id
-            self._retention.size += self.waiting_bytes
             self.waiting_bytes = 0
         changes, following = self.namespaces.next(keys)
         self.behind = None if following is None else Behind(after, following.decode())
@@ -536,7 +528,6 @@ class Store:
         txn.drop(self._log, delete=False)
         self.journal.begin_anew(Mark(end.id, end.checksum), msgspec.json.decode(end.membership, type=Membership))
         self.commit_id = self.commit_id_on_disk = end.id.commit_id
-        self._retention.size = 0
         return True
 
     def _put_effects(self, txn: lmdb.Transaction, changes: Changes) -> None:
@@ -563,7 +554,6 @@ class Store:
             b"commit_id": self.commit_id_on_disk,
             b"behind": self.behind,
             b"base": self.journal.base,
-            b"kept_bytes": self._retention.size,
             b"memberships": self.journal.memberships,
             records.STATE_FACT: self.states.current.decode(),
             b"incoming": self.incoming,

@@ -103,7 +103,7 @@ def carry_out_anew(path: Path, *, is_flushed: bool) -> None:
         txn.drop(committed, delete=False)
 
     damage(path, forget)
-    change_facts(path, commit_id=0, kept_bytes=0)
+    change_facts(path, commit_id=0)
     with contextlib.closing(Store("database", path)) as store:
         last = store.journal.last.id.commit_id
         store.apply(store.journal.entries(1, last // 2, 1 << 30))

@@ -342,7 +342,7 @@ def log_limits(seed: int) -> dict[str, str]:
     chance = random.Random(f"limits {seed}")
     return {
         "RAFTNODE_LOG_ENTRIES": str(chance.choice((1, 5, 20, 100, 1000))),
-        "RAFTNODE_LOG_BYTES": str(chance.choice((2000, 20_000, Settings().log_bytes))),
+        "RAFTNODE_LOG_BYTES": str(chance.choice((8000, 40_000, Settings().log_bytes))),
         "RAFTNODE_SNAPSHOT_CHUNK_BYTES": str(chance.choice((1, 500, 5000, 50_000))),
         "RAFTNODE_SNAPSHOT_BYTES_PER_S": str(chance.choice((20_000, 50_000, 200_000))),
     }

@@ -136,7 +136,7 @@ class Options(Struct, frozen=True, kw_only=True):
             reconnect_high_ms=pick([20, 100, 500]),
             reader_check_ms=pick([1, 5000]),
             log_entries=short([1, 2, 5, 30, 100_000]),
-            log_bytes=short([1, 300, 5000, 64 * MIB]),
+            log_bytes=short([1, 5000, 20_000, 96 * MIB]),
             compaction_step=short([1, 64]),
             compaction_bytes=short([1, MIB]),
             sweep_keys=short([1, 1000]),

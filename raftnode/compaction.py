@@ -40,8 +40,8 @@ class Retention:
         """Delete the oldest entries, as many as are too many behind `commit_id`, but none past `applied`, and not many
         more than twice `count`, or twice `size` bytes of them. Returns the new base.
 
-        Nothing rests on what goes any more, so only the last of some is looked at: a look at each, or at its size, takes
-        1 to 1.5 us a put, a fifteenth of all that a put costs a node."""
+        Nothing rests on what goes any more, so only the last of some is looked at: a look at each, or just at its size,
+        takes 1 us a put and more, a twentieth of all that a put costs a node."""
         first = base.id.commit_id
         kept = commit_id - first
         most = min(max(self._settings.compaction_step, 2 * count), applied - first)

@@ -127,7 +127,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """The log keeps so many entries behind commit_id; older ones are deleted. A member that lacks more than these gets
     a snapshot of the whole state, so this should be some minutes of writing."""
     log_bytes: int = 96 * MIB
-    """The same as a size, of the file's pages that they are in; whichever is reached first. One entry is always kept."""
+    """The same as a size, of the pages of the file that they are in; whichever is reached first. One entry is always
+    kept."""
     compaction_step: int = 64
     """A transaction deletes at least so many old entries, if there are, or twice what it appends: so the log levels
     off, and no transaction is much longer for it."""

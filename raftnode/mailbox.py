@@ -85,8 +85,7 @@ class Arrival(Struct, eq=False):
         self.answer(failure(self.message.name, code, message))
 
 
-@dataclass(slots=True)
-class Reply:
+class Reply(Struct):
     """A member's answer to a request of ours. `forwarded` is the client's request that was passed on to it."""
 
     peer: str

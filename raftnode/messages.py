@@ -82,7 +82,7 @@ Name: TypeAlias = Annotated[str, msgspec.Meta(max_length=255)]
 """An address, an id or a name that others choose."""
 
 
-class EntryId(Struct, frozen=True, order=True):
+class EntryId(Struct, frozen=True, order=True, gc=False):
     """Where an entry stands and who put it there: ordered by term, then position, so that "at least as up to
     date" (thesis 3.6.1) is a plain `>=`.
 
@@ -97,7 +97,7 @@ GENESIS: Final = EntryId(0, 0)
 """The id before the first entry."""
 
 
-class Entry(Struct, frozen=True):
+class Entry(Struct, frozen=True, gc=False):  # no part of any cycle: the collector need not look at thousands of them
     """One entry of the log, as members send it. `checksum` is rolling: `chain(previous.checksum, ...)`."""
 
     term: Count
@@ -169,7 +169,7 @@ _encoder = msgspec.json.Encoder()
 _encode, _encode_lines = _encoder.encode, _encoder.encode_lines
 
 
-class Change(Struct, frozen=True):
+class Change(Struct, frozen=True, gc=False):
     """What a put or a delete does: from now on `value` stands under this store key, or nothing (None)."""
 
     key: bytes
@@ -180,13 +180,14 @@ Effect: TypeAlias = Change | MembersCommand | Noop
 """What an entry does when it is carried out: only a `Change` touches the namespaces."""
 
 
-def effect_of(command: AnyCommand) -> Effect:
-    """What a command does. Raises ProtocolError for one that no node could carry out."""
+def effect_of(command: AnyCommand, made: bytes = b"") -> Effect:
+    """What a command does. `made`: the store key of what it changes, if that was made before. Raises ProtocolError for
+    a command that no node could carry out."""
     match command:
         case PutCommand(namespace=namespace, key=key, value=value):
-            return Change(store_key(namespace, key), value)
+            return Change(made or store_key(namespace, key), value)
         case DeleteCommand(namespace=namespace, key=key):
-            return Change(store_key(namespace, key), None)
+            return Change(made or store_key(namespace, key), None)
         case MembersCommand(voters=voters, learners=learners) if not voters or voters.keys() & learners.keys():
             raise ProtocolError("bad_request", "a membership without voters, or with one who is a learner too")
     return command

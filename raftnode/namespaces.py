@@ -25,7 +25,7 @@ from raftnode.messages import Change, Effect, Entry, decode_effect
 from raftnode.records import Record
 
 
-class Outcome(Struct, frozen=True):
+class Outcome(Struct, frozen=True, gc=False):
     """What an entry did; what its client is told."""
 
     commit_id: int

@@ -77,7 +77,7 @@ def unpack_entry(commit_id: int, record: bytes) -> Entry:
     return Entry(term, commit_id, time, checksum, Raw(record[_log_header.size :]))
 
 
-class Record(Struct, frozen=True):
+class Record(Struct, frozen=True, gc=False):
     """One committed value. Invariant: created <= modified."""
 
     created: int

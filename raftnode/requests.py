@@ -213,7 +213,8 @@ class Requests:
             command = PutCommand(namespace=message.namespace, key=message.key, value=message.value, client=client)
         else:
             command = DeleteCommand(namespace=message.namespace, key=message.key, client=client)
-        self.await_commit(self._raft.propose(encode_command(command), effect_of(command)), arrival)
+        effect = effect_of(command, arrival.store_key)
+        self.await_commit(self._raft.propose(encode_command(command), effect), arrival)
 
     def _read(self, arrival: Arrival, message: Get) -> None:
         if message.consistency == "local":

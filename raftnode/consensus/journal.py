@@ -34,7 +34,7 @@ class LogReader(Protocol):
         ...
 
 
-class Mark(Struct, frozen=True):
+class Mark(Struct, frozen=True, gc=False):
     """A point in a history: an entry's id and its rolling checksum."""
 
     id: EntryId
@@ -155,7 +155,8 @@ class Journal:
         assert term >= previous.term, f"terms never fall along the log: {term} after {previous.term}"
         commit_id = previous.commit_id + 1
         entry = Entry(term, commit_id, time, chain(self.last.checksum, term, commit_id, time, command), command)
-        self._extend((entry,), (effect or decode_effect(command),))
+        self._keep(entry, effect or decode_effect(command))
+        self.last = Mark(entry.id, entry.checksum)
         return entry
 
     def accept(self, previous: EntryId, entries: Sequence[Entry], committed: int) -> int:
@@ -179,7 +180,9 @@ class Journal:
         effects = [decode_effect(entry.command) for entry in fresh]
         if first <= self.last.id.commit_id:
             self._cut(first)
-        self._extend(fresh, effects)
+        for entry, effect in zip(fresh, effects, strict=True):
+            self._keep(entry, effect)
+        self.last = Mark(entries[-1].id, entries[-1].checksum)
         return match
 
     def take_effects(self, entries: Sequence[Entry]) -> list[Effect]:
@@ -273,14 +276,13 @@ class Journal:
         while len(self.memberships) > 1 and self.memberships[1].commit_id <= settled:
             self._set_memberships(self.memberships[1:])
 
-    def _extend(self, entries: Sequence[Entry], effects: Sequence[Effect]) -> None:
-        for entry, effect in zip(entries, effects, strict=True):
-            self._kept[entry.commit_id] = entry
-            self._effects[entry.commit_id] = effect
-            self._kept_bytes += len(entry.command)
-            if type(effect) is MembersCommand:
-                self._take_membership(Membership.of(entry.id, effect))
-        self.last = Mark(entries[-1].id, entries[-1].checksum)
+    def _keep(self, entry: Entry, effect: Effect) -> None:
+        """Take an entry in, which follows the one before; `last` is it, or is about to be."""
+        self._kept[entry.commit_id] = entry
+        self._effects[entry.commit_id] = effect
+        self._kept_bytes += len(entry.command)
+        if type(effect) is MembersCommand:
+            self._take_membership(Membership.of(entry.id, effect))
 
     def _take_membership(self, membership: Membership) -> None:
         """A node that joins has the membership of that day from the beginning, and then passes through older ones."""

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
-from msgspec import UNSET, Raw
+from msgspec import UNSET, Raw, Struct
 
 from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
@@ -58,8 +57,7 @@ Ticket = object
 """Whatever the driver wants back with the answer to a request."""
 
 
-@dataclass(slots=True)
-class Ready:
+class Ready(Struct):
     """What one turn has to do. The order, kept by `Election.cycle`:
 
     1. apply `committed`, which a majority holds durably, and answer `reads`; a follower, for which nobody waits, may do
@@ -72,15 +70,15 @@ class Ready:
 
     ballot: Ballot | None = None
     """Set when it has changed: then nothing may be said before it is on disk (rule 1)."""
-    committed: list[Entry] = field(default_factory=list)
-    requests: list[tuple[str, PeerRequest]] = field(default_factory=list)
-    answers: list[tuple[Ticket, PeerAnswer]] = field(default_factory=list)
-    promises: list[tuple[Ticket, PeerAnswer]] = field(default_factory=list)
-    reads: list[object] = field(default_factory=list)
+    committed: list[Entry] = []
+    requests: list[tuple[str, PeerRequest]] = []
+    answers: list[tuple[Ticket, PeerAnswer]] = []
+    promises: list[tuple[Ticket, PeerAnswer]] = []
+    reads: list[object] = []
     """Tokens of reads that may be answered once `committed` is applied."""
     chunk: Snapshot | None = None
     """A chunk of a snapshot to be put on disk, and, with the last one, the snapshot to be installed: see `written`."""
-    dropped_reads: list[object] = field(default_factory=list)
+    dropped_reads: list[object] = []
     """Tokens of reads whose leader has stepped down."""
 
 
@@ -448,7 +446,7 @@ class Raft:
 
     def _append(self, command: Raw, effect: Effect | None = None) -> int:
         entry = self.journal.append(self.term, self._wall_ms, command, effect)
-        self.uncommitted_bytes += entry.size
+        self.uncommitted_bytes += len(command)
         return entry.commit_id
 
     def read(self, token: object) -> None:

@@ -183,13 +183,12 @@ Effect: TypeAlias = Change | MembersCommand | Noop
 def effect_of(command: AnyCommand, made: bytes = b"") -> Effect:
     """What a command does. `made`: the store key of what it changes, if that was made before. Raises ProtocolError for
     a command that no node could carry out."""
-    match command:
-        case PutCommand(namespace=namespace, key=key, value=value):
-            return Change(made or store_key(namespace, key), value)
-        case DeleteCommand(namespace=namespace, key=key):
-            return Change(made or store_key(namespace, key), None)
-        case MembersCommand(voters=voters, learners=learners) if not voters or voters.keys() & learners.keys():
-            raise ProtocolError("bad_request", "a membership without voters, or with one who is a learner too")
+    if isinstance(command, PutCommand):
+        return Change(made or store_key(command.namespace, command.key), command.value)
+    if isinstance(command, DeleteCommand):
+        return Change(made or store_key(command.namespace, command.key), None)
+    if isinstance(command, MembersCommand) and (not command.voters or command.voters.keys() & command.learners.keys()):
+        raise ProtocolError("bad_request", "a membership without voters, or with one who is a learner too")
     return command
 
 

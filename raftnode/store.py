@@ -460,10 +460,10 @@ class Store:
         with self._env.write() as txn:
             if unwritten.cut_from is not None:
                 self._cut(txn, unwritten.cut_from)
-            self._append(txn, unwritten.entries)
+            size = self._append(txn, unwritten.entries)
             changes = self._leave(None if chunk is not None else keys)
             self._put_effects(txn, changes)
-            self._compact(txn, unwritten.entries, len(changes))
+            self._compact(txn, max(len(unwritten.entries), len(changes)), size)
             has_installed = chunk is not None and self._take_chunk(txn, chunk)
             if self.has_leftover or chunk is not None or self.incoming is not self._incoming_seen:
                 self.has_leftover = self._find_leftover(txn) and self.states.sweep(txn)
@@ -490,15 +490,18 @@ class Store:
         self.behind = None if following is None else Behind(after, following.decode())
         return changes
 
-    def _append(self, txn: lmdb.Transaction, entries: Sequence[Entry]) -> None:
+    def _append(self, txn: lmdb.Transaction, entries: Sequence[Entry]) -> int:
+        """Returns the size of their records in bytes."""
         if not entries:
-            return
+            return 0
         rows = [(records.log_key(entry.commit_id), records.pack_entry(entry)) for entry in entries]
-        self._written_bytes += sum([len(record) for _, record in rows])
+        size = sum([len(record) for _, record in rows])
+        self._written_bytes += size
         with txn.cursor(self._log) as cursor:
             _, added = cursor.putmulti(rows, append=True)
         if added != len(rows):
             raise AssertionError(f"the log on disk already has an entry at or after {entries[added].commit_id}")
+        return size
 
     def _cut(self, txn: lmdb.Transaction, first: int) -> None:
         assert first > self.commit_id_on_disk, f"a committed entry is never cut: {first}"
@@ -507,11 +510,11 @@ class Store:
             while there:
                 there = cursor.delete()
 
-    def _compact(self, txn: lmdb.Transaction, entries: Sequence[Entry], changes: int) -> None:
+    def _compact(self, txn: lmdb.Transaction, count: int, size: int) -> None:
         """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk, at the
-        latest with this very transaction, which has so many `entries` and `changes`: a restart needs none of them."""
+        latest with this very transaction, which has `count` entries or changes, and `size` bytes of entries: a restart
+        needs none of them."""
         base, db = self.journal.base, self._log
-        count, size = max(len(entries), changes), sum([len(entry.command) for entry in entries])
         found = self._retention.shorten(txn, db, base, self._applied_on_disk, self.commit_id_on_disk, count, size)
         if found != base:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))

@@ -21,6 +21,7 @@ from raftnode.testing.processes import (
     WriteRecord,
     Writers,
     command_environment,
+    wait_until,
 )
 
 SHORT = {
@@ -67,9 +68,12 @@ def first_kept(node: NodeProcess) -> int:
 def left_behind(cluster: ClusterOfProcesses, writers: Writers) -> NodeProcess:
     """A follower that was killed before the others wrote, and deleted, what it lacks."""
     writers.await_acknowledged(KEYS)
-    behind = cluster.others(cluster.await_leader())[0]
+    leader = cluster.await_leader()
+    behind = cluster.others(leader)[0]
     behind.kill()
+    last = behind.inspect("log")[-1]["commit_id"]
     writers.await_more(400)
+    wait_until(lambda: (leader.status() or {"first": 0})["first"] > last + 1, f"the leader's log begins after {last}")
     return behind
 
 

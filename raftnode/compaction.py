@@ -1,9 +1,8 @@
 """Compaction: the log ends somewhere. Layer 2, part of the store.
 
 The log keeps `log_entries` entries behind commit_id, or those that fit into `log_bytes` of the file; the older ones are
-deleted. The point
-where the kept log begins, its *base*, is a fact of the node: id and rolling checksum of the newest entry that is gone
-(thesis 5.1). So the first kept entry is still checked, against the base.
+deleted. The point where the kept log begins, its *base*, is a fact of the node: id and rolling checksum of the newest
+entry that is gone (thesis 5.1). So the first kept entry is still checked, against the base.
 
 **No pause.** Entries are deleted in transactions that happen anyway, about twice as many as these append. LMDB uses
 their pages again, so the file levels off too. Nothing is copied: the state is in the same file.
@@ -31,12 +30,11 @@ _LOOK: Final = 16
 class Retention:
     """How much of the log is kept."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, log: lmdb._Database) -> None:
         self._settings = settings
+        self._log = log
 
-    def shorten(
-        self, txn: lmdb.Transaction, db: lmdb._Database, base: Mark, applied: int, commit_id: int, count: int, size: int
-    ) -> Mark:
+    def shorten(self, txn: lmdb.Transaction, base: Mark, applied: int, commit_id: int, count: int, size: int) -> Mark:
         """Delete the oldest entries, as many as are too many behind `commit_id`, but none past `applied`, and not many
         more than twice `count`, or twice `size` bytes of them. Returns the new base.
 
@@ -45,12 +43,12 @@ class Retention:
         first = base.id.commit_id
         kept = commit_id - first
         most = min(max(self._settings.compaction_step, 2 * count), applied - first)
-        before = now = self._size(txn, db, kept)
-        least = before - max(self._settings.compaction_bytes, 2 * size)
+        now = self._size(txn, kept)
+        least = now - max(self._settings.compaction_bytes, 2 * size)
         step = min(most, self._excess(kept, now))
         if step < 1:
             return base
-        with txn.cursor(db) as cursor:
+        with txn.cursor(self._log) as cursor:
             cursor.first()
             while step > 0 and now > least:
                 for _ in range(step - 1):
@@ -59,7 +57,7 @@ class Retention:
                 cursor.delete()
                 base = Mark(newest.id, newest.checksum)
                 most, kept = most - step, kept - step
-                now = self._size(txn, db, kept)
+                now = self._size(txn, kept)
                 step = min(most, self._excess(kept, now))
         return base
 
@@ -70,10 +68,10 @@ class Retention:
             too_many = max(too_many, 1 + (size - most) * kept // size)
         return min(too_many, kept - 1, _LOOK)
 
-    @staticmethod
-    def _size(txn: lmdb.Transaction, db: lmdb._Database, kept: int) -> int:
-        """What so many entries of the log take of the file, in bytes: their share of its pages."""
-        log = txn.stat(db)
+    def _size(self, txn: lmdb.Transaction, kept: int) -> int:
+        """What so many entries of the log take of the file, in bytes: their share of its pages, as if all entries were
+        alike."""
+        log = txn.stat(self._log)
         pages = log["leaf_pages"] + log["branch_pages"] + log["overflow_pages"]
         return int(pages * log["psize"] * kept // max(1, log["entries"]))
 

@@ -155,7 +155,29 @@ class Election:
         transport.identify(str(store.cluster_id), store.node_id)
         transport.set_peers(list(self.raft.others))
         transport.attach(self, self.settings)
-        self._handlers: dict[type[Struct], Callable[[Arrival], None]] = {
+        self._handlers = self._new_handlers()
+        self._turn_lock = threading.Lock()
+        self._now = self._started = self.clock()
+        self._is_timed = False
+        self._has_ended = False
+        self._flushing = Flushing(store, self.settings)
+        self._readers_checked = self._started
+        self._witnessed_at = float("-inf")
+        self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
+        self._memberships = store.journal.memberships
+        self._linked_leader: str | None = None
+        self._complaint = ""
+        self._successor: str | None = None
+
+    def _new_raft(self) -> Raft:
+        store, now = self.store, self.clock()
+        journal, ballot, known, incoming = store.journal, store.ballot, store.witnesses, store.incoming
+        settings, node = self.settings, store.node_id
+        return Raft(self.me, journal, ballot, store.commit_id, self.chance, settings, now, known, node, incoming)
+
+    def _new_handlers(self) -> dict[type[Struct], Callable[[Arrival], None]]:
+        """Who takes a request, by its type."""
+        return {
             Put: self.requests.take,
             Delete: self.requests.take,
             Get: self.requests.take,
@@ -175,24 +197,6 @@ class Election:
             ReplacePeer: self.requests.take,
             TransferLeader: self.requests.take,
         }
-        self._turn_lock = threading.Lock()
-        self._now = self._started = self.clock()
-        self._is_timed = False
-        self._has_ended = False
-        self._flushing = Flushing(store, self.settings)
-        self._readers_checked = self._started
-        self._witnessed_at = float("-inf")
-        self._seen: tuple[Role, int, str | None] = (Role.FOLLOWER, 0, None)
-        self._memberships = store.journal.memberships
-        self._linked_leader: str | None = None
-        self._complaint = ""
-        self._successor: str | None = None
-
-    def _new_raft(self) -> Raft:
-        store, now = self.store, self.clock()
-        journal, ballot, known, incoming = store.journal, store.ballot, store.witnesses, store.incoming
-        settings, node = self.settings, store.node_id
-        return Raft(self.me, journal, ballot, store.commit_id, self.chance, settings, now, known, node, incoming)
 
     # --- one turn ---
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 from msgspec import Struct
@@ -107,16 +106,14 @@ class LinkEnd(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Greeting:
+class Greeting(Struct):
     """A member's answer to our hello: the link is not used before the election has checked it."""
 
     link: LinkEnd
     answer: HelloAnswer
 
 
-@dataclass(slots=True)
-class Cut:
+class Cut(Struct):
     """A connection to or from a member has ended."""
 
     peer: str
@@ -124,12 +121,11 @@ class Cut:
     """The link, when it was ours."""
     end: MemberEnd | None = None
     """The connection, when it was the member's link to us."""
-    forwarded: list[Arrival] = field(default_factory=list)
+    forwarded: list[Arrival] = []
     """Requests of clients that were under way on it."""
 
 
-@dataclass(slots=True)
-class Task:
+class Task(Struct):
     """Something that another thread wants done on the election's."""
 
     run: Callable[[], Any]

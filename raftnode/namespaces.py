@@ -16,6 +16,7 @@ on values of two times.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from typing import Final, TypeAlias
 
@@ -118,11 +119,11 @@ class Namespaces:
         return {**{key: self.leaving[key] for key in self._order[self._gone :]}, **self.changes}
 
     def waiting_between(self, after: bytes, last: bytes | None) -> list[bytes]:
-        """The keys of these changes past `after`, up to `last`; None: to the end. Some may come twice, or be on disk by
-        now."""
-        if last is None:
-            return [key for changes in (self.leaving, self.changes) for key in changes if key > after]
-        return [key for changes in (self.leaving, self.changes) for key in changes if after < key <= last]
+        """The keys of these changes past `after`, up to `last`; None: to the end. Some may come twice."""
+        order = self._order
+        first = max(self._gone, bisect_right(order, after))
+        end = len(order) if last is None else bisect_right(order, last)
+        return order[first:end] + [key for key in self.changes if key > after and (last is None or key <= last)]
 
     def begin_flush(self) -> None:
         """All that is not on disk yet is on its way there from now on. If a flush was under way, what is left of it can

@@ -122,7 +122,7 @@ class Store:
         self._viewed: Finder | None = None  # see `_view`
         self._room = (float("inf"), 0)
         self._written_bytes = 0
-        self._retention = Retention(self.settings)
+        self._retention = Retention(self.settings, self._log)
         self.waiting_bytes = 0
         """Size of the commands that were carried out since the last flush began."""
         try:
@@ -514,8 +514,8 @@ class Store:
         """Delete some of the oldest entries, when there are more than are to be kept. Their effects are on disk, at the
         latest with this very transaction, which has `count` entries or changes, and `size` bytes of entries: a restart
         needs none of them."""
-        base, db = self.journal.base, self._log
-        found = self._retention.shorten(txn, db, base, self._applied_on_disk, self.commit_id_on_disk, count, size)
+        base = self.journal.base
+        found = self._retention.shorten(txn, base, self._applied_on_disk, self.commit_id_on_disk, count, size)
         if found != base:
             next(self._scan(txn, found, found.id.commit_id + 1, found.id.commit_id + 1))
             self.journal.begin_after(found)

@@ -118,7 +118,8 @@ def test_the_log_levels_off_at_its_size(tmp_path: Path, opened: Opened, size: in
 
 
 def test_what_is_not_committed_does_not_count(tmp_path: Path, opened: Opened) -> None:
-    """Entries that wait for their commit, however many, drive none of those out that members may still lack."""
+    """Entries that wait for their commit, however many, drive none of those out that members may still lack. (The size
+    is shared out by number: much larger ones do drive some out.)"""
     store = opened(tmp_path, log_bytes=80 * KIB)
     store.found(ADDRESS, MEMBERS)
     write_one_by_one(store, 100, size=500)

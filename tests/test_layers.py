@@ -50,6 +50,7 @@ BESIDE = "testing"
 PURE = {"cache", "consensus", "framing", "namespaces", "records", "replay"}
 PURE_IMPORTS = {
     "__future__",
+    "bisect",
     "collections",
     "dataclasses",
     "hashlib",

@@ -35,6 +35,7 @@ from raftnode.messages import (
     encode,
     failure,
 )
+from raftnode.streams import Stream, StreamProtocol
 
 _MOST_AT_ONCE: Final = 1024
 """Frames of one connection that are decoded before others have their turn."""
@@ -47,10 +48,10 @@ if TYPE_CHECKING:
     from raftnode.transport import Transport
 
 
-class Wire(asyncio.Protocol):
+class Wire(StreamProtocol):
     """What both ends share: framing in, batched writes out."""
 
-    transport: asyncio.Transport
+    transport: Stream
 
     def __init__(self, owner: Transport, limit: int) -> None:
         self.owner = owner
@@ -65,7 +66,7 @@ class Wire(asyncio.Protocol):
         self._out_bytes = 0
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
+        self.transport = cast(Stream, transport)
         self.transport.set_write_buffer_limits(high=self.owner.settings.send_buffer_bytes)
         self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.is_open = True
@@ -153,7 +154,7 @@ class Connection(Wire):
         """Bytes that this connection keeps at the node, besides requests under way, when it was looked at last."""
         self._backlog: deque[Frame | _Line | Arrival | _Refused] = deque()
         self._backlog_bytes = 0  # what has come into the backlog since it was empty
-        self._unread = b""  # came when there was no time to look at it
+        self._is_late = False  # something has come when there was no time: it is read when others have had their turn
         self._under_way = 0
         self._under_way_bytes = 0
         self._in_order = False  # a request without id is under way
@@ -172,20 +173,19 @@ class Connection(Wire):
         self.client = f"{address[0]}:{address[1]}" if address else "?"
         self.owner.admit_connection(self)
 
+    def may_read(self) -> bool:
+        """What comes when there is no time for it waits with the system, where it is no burden to this node."""
+        if self._is_closing or self._has_time(self.owner.now()):
+            return True
+        self._is_late = True
+        self._read_on(False)
+        self._pump_soon()
+        return False
+
     def data_received(self, data: bytes) -> None:
         if self._is_closing:
             return  # a stranger that was refused goes on talking
-        now = self.owner.now()
-        if self._has_time(now):
-            self._take(data, now)
-            self._pump()
-        else:
-            self._unread += data
-            self._pump_soon()
-            self._read_on(False)
-
-    def _take(self, data: bytes, now: float) -> None:
-        frames = self.framer.feed(data)
+        now, frames = self.owner.now(), self.framer.feed(data)
         if frames:
             self.last_frame_at = now
             self._backlog.extend(frames)
@@ -194,19 +194,14 @@ class Connection(Wire):
             self.begun_at = None
         elif frames or self.begun_at is None:
             self.begun_at = now
+        self._pump()
 
     def _has_time(self, now: float) -> bool:
         """What members say does not wait for its turn behind clients; their windows bound it."""
         return self.peer is not None or self.owner.has_time(now)
 
-    def _take_unread(self) -> None:
-        data, self._unread = self._unread, b""
-        if data and not self._is_closing:
-            self._take(data, self.owner.now())
-
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
-        self._take_unread()
         if not self._is_closing:
             self._backlog.extend(self.framer.at_end())
         self._is_closing = self._has_heard_all = True
@@ -218,7 +213,6 @@ class Connection(Wire):
     def connection_lost(self, error: Exception | None) -> None:  # noqa: ARG002 - how it ended makes no difference
         self.is_open = False
         self._backlog.clear()
-        self._unread = b""
         self.owner.forget_connection(self)
 
     # --- in ---
@@ -261,10 +255,10 @@ class Connection(Wire):
             owner.deliver_on_loop(ready, limited=self.peer is None)
         else:
             owner.end_pass_soon()
-        may_read = not backlog and not self._unread
+        may_read = not backlog
         if self._is_paused is may_read:
             self._read_on(may_read)
-        if self.held or backlog or self._unread or self.framer.pending:
+        if self.held or backlog or self.framer.pending:
             self._note_held()
 
     def _answer_at_once(self, message: AnyRequest) -> Answer | None:
@@ -288,8 +282,10 @@ class Connection(Wire):
     def go_on(self) -> None:
         """Others have had their turn."""
         if self.is_open:
-            self._take_unread()
             self._pump()
+            if self._is_late and not self._is_paused:
+                self._is_late = False
+                self.transport.read_now()
 
     def _open(self, item: Frame | _Line) -> tuple[Arrival | _Refused | None, int]:
         """What a frame holds: a request, or a refusal. None when it may be several, or more has to be looked at first:
@@ -368,7 +364,7 @@ class Connection(Wire):
         and are answered keep nothing, and mostly need not be looked at: it is done when they do, or did."""
         if not self._backlog:
             self._backlog_bytes = 0
-        held = len(self.framer.pending) + self._backlog_bytes + len(self._unread) + self._out_bytes
+        held = len(self.framer.pending) + self._backlog_bytes + self._out_bytes
         if self.is_open:
             held += self.transport.get_write_buffer_size()
         if held != self.held:
@@ -402,7 +398,7 @@ class Connection(Wire):
     @property
     def is_idle(self) -> bool:
         """True when nothing is under way and nothing half received."""
-        return self._under_way == 0 and not self._backlog and not self._unread and not self.framer.is_mid_message
+        return self._under_way == 0 and not self._backlog and not self.framer.is_mid_message
 
     def answer(self, arrival: Arrival, answer: Answer) -> None:
         self._finish(arrival)
@@ -422,7 +418,7 @@ class Connection(Wire):
             self._pump_soon()
         if self._is_closing:
             self._close_when_done()
-        if self.held or self._backlog or self._unread or self.framer.pending or self.transport.get_write_buffer_size():
+        if self.held or self._backlog or self.framer.pending or self.transport.get_write_buffer_size():
             self._note_held()
 
     def resume_writing(self) -> None:
@@ -459,7 +455,6 @@ class Connection(Wire):
         taken = [item for item in self._backlog if isinstance(item, Arrival)]
         self._backlog.clear()
         self._backlog.extend(taken)
-        self._unread = b""
         self._is_closing = True
         self.begun_at = None
 

@@ -6,6 +6,7 @@ with one 9 % more puts, and the end of a pass needs no book of what was read.
 
 A `Stream` has the interface of asyncio's transports, calls its protocol as they do, and is like them where something
 ends: `connection_lost` comes once, and never from inside of a call to the stream. `tests/test_streams.py` asks both.
+What it does besides is to ask the protocol before it reads.
 """
 
 from __future__ import annotations
@@ -29,6 +30,15 @@ _ACCEPT_AGAIN_S: Final = 1.0
 """After the system had nothing left to accept a connection with, an open file say."""
 
 
+class StreamProtocol(asyncio.Protocol):
+    """Whom a stream calls: asyncio's protocol, which is asked besides whether it takes anything now."""
+
+    def may_read(self) -> bool:
+        """Asked when something has come, before it is read. What it says no to stays with the system: it pauses reading
+        then, and later resumes it and calls `Stream.read_now`."""
+        return True
+
+
 class Stream(asyncio.Transport):
     """One connected socket. All of it on the loop's thread.
 
@@ -36,7 +46,7 @@ class Stream(asyncio.Transport):
     """
 
     def __init__(
-        self, connected: socket.socket, protocol: asyncio.Protocol, passes: PassSelector, buffer: memoryview
+        self, connected: socket.socket, protocol: StreamProtocol, passes: PassSelector, buffer: memoryview
     ) -> None:
         """Take the socket over, which does not block, and begin. `buffer` is where it puts what it reads next; all can
         share one, as what came is copied out at once: one made for each read costs three system calls."""
@@ -67,10 +77,18 @@ class Stream(asyncio.Transport):
     def _ready(self, events: int) -> None:
         """It can be read or written, as the system says."""
         try:
-            if events & self._watched & READ:
+            if events & self._watched & READ and self._protocol.may_read():
                 self._read()
             if events & self._watched & WRITE:
                 self._send_more()
+        except Exception as error:
+            self._fail(error)
+
+    def read_now(self) -> None:
+        """Read what has come, if this stream is reading: the protocol's turn has come, and it is not asked again."""
+        try:
+            if self._watched & READ:
+                self._read()
         except Exception as error:
             self._fail(error)
 

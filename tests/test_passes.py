@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from raftnode.passes import PassSelector
-from raftnode.streams import Stream
+from raftnode.streams import Stream, StreamProtocol
 
 PATIENCE_S = 20.0
 ASKED = "asked for more"
@@ -30,7 +30,7 @@ class Noting(PassSelector):
         return super().select(timeout)
 
 
-class Reader(asyncio.Protocol):
+class Reader(StreamProtocol):
     """Notes what it reads, and asks for the end of the pass."""
 
     def __init__(self, name: str, passes: Noting) -> None:

@@ -17,25 +17,32 @@ from typing import Any, cast
 import pytest
 
 from raftnode.passes import PassSelector
-from raftnode.streams import Listener, Stream, connect, listen
+from raftnode.streams import Listener, Stream, StreamProtocol, connect, listen
 
 PATIENCE_S = 20.0
 MUCH = 4 << 20
 """Bytes that no socket takes at once."""
 
 
-class Noting(asyncio.Protocol):
+class Noting(StreamProtocol):
     """Notes what it is told, and answers as the test has asked it to."""
 
     def __init__(self, events: list[Any]) -> None:
         self.events = events
         self.stays_open_at_eof = False
         self.on_data: Callable[[bytes], object] = lambda _: None
+        self.has_time = True
         self.transport: asyncio.Transport
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.events.append("made")
+
+    def may_read(self) -> bool:
+        if not self.has_time:
+            self.events.append("not now")
+            self.transport.pause_reading()
+        return self.has_time
 
     def data_received(self, data: bytes) -> None:
         self.events.append(data)
@@ -317,6 +324,31 @@ def test_one_that_was_cut_by_another_in_the_same_pass_is_not_read() -> None:
         other.transport.abort()
         bench.settle()
         theirs.close()
+
+
+def test_what_its_protocol_has_no_time_for_stays_with_the_system() -> None:
+    """The protocol says no when something has come: it is still there for whoever looks at the socket, and the protocol
+    isn't asked again by itself. It gets it as soon as it reads on, without another look of the selector."""
+    with contextlib.closing(Bench("stream")) as bench:
+        bench.protocol.has_time = False
+        bench.theirs.sendall(b"a")
+        bench.until(lambda: "not now" in bench.events)
+        bench.settle()
+        assert bench.events == ["made", "not now"]
+        assert bench.mine.recv(10, socket.MSG_PEEK) == b"a"
+        bench.protocol.has_time = True
+        stream = cast(Stream, bench.transport)
+        bench.call(stream.read_now)
+        assert bench.events == ["made", "not now"], "it is paused"
+
+        def read_on() -> None:
+            stream.resume_reading()
+            stream.read_now()
+            bench.events.append("read on")
+            stream.read_now()  # there is nothing left, which is no harm
+
+        bench.call(read_on)
+        assert bench.events == ["made", "not now", b"a", "read on"]
 
 
 def run(work: Awaitable[Any]) -> Any:

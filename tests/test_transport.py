@@ -7,12 +7,16 @@ What comes over a client's connection is tested in `test_wire`.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import gc
+import itertools
 import json
 import logging
 import queue
 import socket
 import socketserver
+import struct
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +26,7 @@ from typing import Any
 import pytest
 
 from raftnode import RaftNode
+from raftnode.config import Settings
 from raftnode.errors import ConfigError, NotCommitted, ProtocolError, RequestError, Unavailable
 from raftnode.mailbox import Arrival, drain
 from raftnode.messages import PROTOCOL_VERSION, Get, Ping, Put
@@ -189,6 +194,50 @@ def test_a_full_queue_answers_overloaded(plain: Callable[..., Transport]) -> Non
             until(lambda n=n: transport.queue.qsize() == n, "it is in the queue")  # type: ignore[misc]
         assert clients[2].ask({"type": "get", "key": "k"})["error"]["code"] == "overloaded"
         assert transport.queue.qsize() == 2
+
+
+def test_what_there_is_no_time_for_is_not_read(plain: Callable[..., Transport]) -> None:
+    """TRAPS 38: twenty clients send a large part of a message in the same pass, and time is up after the first. All
+    that has come is either counted as kept here, by which `client_bytes` bounds it, or still with the system; nothing
+    is lost, and everybody's turn comes."""
+    transport = plain(serve=True)
+    transport.settings = Settings(stall_timeout_ms=1_000_000_000)  # by the clock of this test nothing ever stalls
+    count, message = 20, b'{"type":"ping"' + b" " * 50_000 + b"}\n"
+    part = message[:-2]
+    loop = transport._loop
+    assert loop is not None
+    seen = list[tuple[int, int]]()
+    held_up, sent, done = threading.Event(), threading.Event(), threading.Event()
+    clock = itertools.count(step=transport.settings.heartbeat_ms / 1000)
+
+    def look() -> None:
+        """Between two passes, again and again."""
+        sockets = [connection.transport.get_extra_info("socket") for connection in transport._connections]
+        unread = sum(struct.unpack("i", fcntl.ioctl(each, termios.FIONREAD, b"1234"))[0] for each in sockets)
+        seen.append((unread, transport.client_bytes))
+        loop.call_soon(look) if transport.client_bytes < count * len(part) and len(seen) < 10_000 else done.set()
+
+    def begin() -> None:
+        held_up.set()
+        assert sent.wait(PATIENCE)
+        transport.now = lambda: float(next(clock))
+        look()
+
+    with contextlib.ExitStack() as stack:
+        clients = [stack.enter_context(Line(transport.my_ip)) for _ in range(count)]
+        until(lambda: len(transport._connections) == count, "all are there")
+        loop.call_soon_threadsafe(begin)
+        assert held_up.wait(PATIENCE)
+        for client in clients:
+            client.socket.sendall(part)
+        sent.set()
+        assert done.wait(PATIENCE)
+        assert {unread + kept for unread, kept in seen} == {count * len(part)}
+        assert len(seen) > count // 4, "a few at a time"
+        for client in clients:
+            client.socket.sendall(message[len(part) :])
+        found: list[Any] = []
+        until(lambda: found.extend(drain(transport.queue)) or len(found) == count, "all are taken")
 
 
 def test_stop_from_other_threads(plain: Callable[..., Transport]) -> None:

@@ -1,8 +1,9 @@
 """asyncio's selector: how the loop waits, who reads what is ready, and the end of each pass. Layer 2.
 
-A pass reads every stream that was found ready (`streams`), itself and at once. What follows from all of them together,
-a turn of the driver and the answers that need none, belongs right behind the last one, before the system is asked once
-more for what is ready; what that raises ends the loop. All else that the loop has to look after is left to asyncio.
+A pass reads every stream that was found ready (`streams`), itself and at once, but for those whose protocol has no time
+now: what has come for them stays with the system. What follows from all of them together, a turn of the driver and the
+answers that need none, belongs right behind the last one, before the system is asked once more for what is ready; what
+that raises ends the loop. All else that the loop has to look after is left to asyncio.
 
 To sleep and be woken takes a thread about 50 us, and its caches with it. A request of a lone client sleeps four times
 on its way to a leader, to its followers and back, so where the next message is near, it is awaited by asking again and

@@ -175,7 +175,7 @@ class Connection(Wire):
 
     def may_read(self) -> bool:
         """What comes when there is no time for it waits with the system, where it is no burden to this node."""
-        if self._is_closing or self._has_time(self.owner.now()):
+        if self._is_closing or self._has_time():
             return True
         self._is_late = True
         self._read_on(False)
@@ -196,9 +196,9 @@ class Connection(Wire):
             self.begun_at = now
         self._pump()
 
-    def _has_time(self, now: float) -> bool:
+    def _has_time(self) -> bool:
         """What members say does not wait for its turn behind clients; their windows bound it."""
-        return self.peer is not None or self.owner.has_time(now)
+        return self.peer is not None or self.owner.has_time()
 
     def eof_received(self) -> bool:
         """The other end has said all; it still gets its answers (`printf ... | nc`)."""
@@ -228,7 +228,7 @@ class Connection(Wire):
         while backlog and not self._is_greeting and not self.is_full and self._under_way < limit:
             item = backlog.popleft()
             if isinstance(item, _UNOPENED):
-                if decoded and (decoded >= _MOST_AT_ONCE or not self._has_time(owner.now())):
+                if decoded and (decoded >= _MOST_AT_ONCE or not self._has_time()):
                     backlog.appendleft(item)
                     self._pump_soon()
                     break

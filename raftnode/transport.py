@@ -404,9 +404,10 @@ class Transport:
         while self.unflushed:
             self.unflushed.pop().flush()
 
-    def has_time(self, now: float) -> bool:
+    def has_time(self) -> bool:
         """False once half a heartbeat has gone by since the first that clients have sent in this pass. The rest is for
-        later, so that turns come between, whatever clients send. `now`: monotonic seconds."""
+        later, so that turns come between, whatever clients send."""
+        now = self.now()
         if self._round_began is None:
             self._round_began = now
         return now - self._round_began < self.settings.heartbeat_ms / 2000
@@ -418,7 +419,7 @@ class Transport:
 
     def _let_go_on(self) -> None:
         for connection in list(self._later):
-            if not self.has_time(self.now()):
+            if not self.has_time():
                 break
             del self._later[connection]
             connection.go_on()

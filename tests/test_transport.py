@@ -215,7 +215,10 @@ def test_what_there_is_no_time_for_is_not_read(plain: Callable[..., Transport]) 
         sockets = [connection.transport.get_extra_info("socket") for connection in transport._connections]
         unread = sum(struct.unpack("i", fcntl.ioctl(each, termios.FIONREAD, b"1234"))[0] for each in sockets)
         seen.append((unread, transport.client_bytes))
-        loop.call_soon(look) if transport.client_bytes < count * len(part) and len(seen) < 10_000 else done.set()
+        if transport.client_bytes < count * len(part) and len(seen) < 10_000:
+            loop.call_soon(look)
+        else:
+            done.set()
 
     def begin() -> None:
         held_up.set()

@@ -778,7 +778,7 @@ def decode_object(frame: bytes | memoryview | str) -> dict[str, Any]:
     try:
         found = _decode_any(frame)
     except (ValueError, RecursionError) as error:
-        raise Malformed("bad_request", _in_words(error)) from error
+        raise Malformed("bad_request", _in_words(error, frame)) from error
     if not isinstance(found, dict):
         raise Malformed("bad_request", f"expected a JSON object, got {_json_name(found)}")
     return found
@@ -792,12 +792,12 @@ def _diagnose(frame: bytes | memoryview, error: Exception) -> Malformed:
     except Malformed as malformed:
         malformed.id = id
         raise
-    why = _why_no_message(found, error, id)
+    why = _why_no_message(found, _in_words(error, frame), id)
     why.is_object = True
     return why
 
 
-def _why_no_message(found: dict[str, Any], error: Exception, id: Id) -> Malformed:
+def _why_no_message(found: dict[str, Any], words: str, id: Id) -> Malformed:
     kind = found.get("type")
     if kind is None:
         return Malformed("bad_request", 'the message has no "type"', id=id)
@@ -806,7 +806,7 @@ def _why_no_message(found: dict[str, Any], error: Exception, id: Id) -> Malforme
     if kind not in REQUEST_TYPES and kind not in PEER_TYPES:
         known = ", ".join(REQUEST_TYPES)
         return Malformed("unknown_type", f"no message has the type {kind[:64]!r}; there are: {known}", id=id)
-    return Malformed("bad_request", f"{kind}: {_in_words(error)}", kind, id)
+    return Malformed("bad_request", f"{kind}: {words}", kind, id)
 
 
 class _OnlyId(Struct):
@@ -824,20 +824,29 @@ def _readable_id(frame: bytes | memoryview) -> Id:
         return UNSET
 
 
-def _in_words(error: Exception) -> str:
-    """What is wrong, for the person who reads the answer."""
+def _in_words(error: Exception, text: bytes | memoryview | str) -> str:
+    """What is wrong with a text that could not be decoded, for the person who reads the answer."""
     if isinstance(error, RecursionError):
         return "nested too deep"
-    if isinstance(error, UnicodeDecodeError):
-        return f"not UTF-8: byte 0x{error.object[error.start]:02x} in a string"
-    text = str(error)
-    if text.startswith("Number out of range"):
+    why = str(error)
+    if isinstance(error, UnicodeDecodeError) or why.startswith("Invalid UTF-8"):  # msgspec to 0.22, and from 0.23 on
+        return _not_utf8(text)
+    if why.startswith("Number out of range"):
         return "a number is out of the range of a double (about 1.8e308)"
     if isinstance(error, msgspec.ValidationError):
-        return text
-    if text == "Input data was truncated":
+        return why
+    if why == "Input data was truncated":
         return "not JSON: it ends too early, or an escape of a surrogate (\\ud800 to \\udfff) lacks its other half"
-    return f"not JSON: {text.removeprefix('JSON is malformed: ')}"
+    return f"not JSON: {why.removeprefix('JSON is malformed: ')}"
+
+
+def _not_utf8(text: bytes | memoryview | str) -> str:
+    """The same, when it is no UTF-8, with the first byte that can't be where it is."""
+    try:
+        (text.encode() if isinstance(text, str) else bytes(text)).decode()
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: byte 0x{error.object[error.start]:02x} in a string"
+    return "not UTF-8"
 
 
 def _json_name(value: object) -> str:
@@ -862,7 +871,7 @@ def check_value(value: Raw, settings: Settings) -> None:
     try:
         _parse(text) if is_text else _decode_any(text)
     except (ValueError, RecursionError) as error:
-        raise ProtocolError("bad_request", f"value: {_in_words(error)}") from error
+        raise ProtocolError("bad_request", f"value: {_in_words(error, text)}") from error
     if is_text:
         return  # one string: no numbers in it, and nothing nested
     if _LONG_NUMBER.search(text):

@@ -133,7 +133,7 @@ def _nth_newest(directory: Directory, wanted: Filter, first: int, last: int, cou
 # --- as options -----------------------------------------------------------------------------------------------
 
 
-class When(click.ParamType[int]):
+class When(click.ParamType):  # type: ignore[type-arg] # generic only from click 8.4 on
     """A point in time: ISO 8601 (UTC unless it says otherwise), ms since 1970, or how long ago (90s, 15m, 2h, 7d)."""
 
     name = "when"

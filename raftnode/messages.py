@@ -841,7 +841,7 @@ def _in_words(error: Exception, text: bytes | memoryview | str) -> str:
 
 
 def _not_utf8(text: bytes | memoryview | str) -> str:
-    """The same, when it is no UTF-8, with the first byte that can't be where it is."""
+    """That a text is not UTF-8, in words, with the first byte that can't be where it is."""
     try:
         (text.encode() if isinstance(text, str) else bytes(text)).decode()
     except UnicodeDecodeError as error:

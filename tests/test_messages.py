@@ -53,7 +53,7 @@ from raftnode.messages import (
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=300)
 DEFAULTS = Settings()
 DEEP = b"[" * 100_000 + b"]" * 100_000
-"""Deeper than the decoder follows: from Python 3.12 on it is not the interpreter's own limit that ends that."""
+"""Deeper than the decoder follows: to the interpreter's limit, 1,000 by default, and some thousands from 3.12 on."""
 EDGE = 2**1024 - 2**970
 """Half-way between the largest double and the next power of two: the first whole number that no double comes near."""
 

@@ -6,10 +6,10 @@
     1  pure         consensus/ (Raft: no clock, thread, socket, file or randomness of its own), framing (bytes to
                     messages), records (bytes on disk), namespaces (what a command does; replay: what a log does),
                     cache (values that are read again), mailbox (what the queue holds)
-    2  effects      store (with environment: files and LMDB, compaction: where the log begins, states: where a snapshot
-                    comes in, primary: a given leader) | transport (with connections: the loop's two kinds, streams:
-                    their sockets, passes: of the loop, blocking: for other threads) | log. None of the three knows
-                    another.
+    2  effects      store (with environment: files and LMDB, tail: the newest entries on their way to LMDB, compaction:
+                    where the log begins, states: where a snapshot comes in, primary: a given leader) | transport (with
+                    connections: the loop's two kinds, streams: their sockets, passes: of the loop, blocking: for other
+                    threads) | log. None of the three knows another.
     3  driver       election (the turn, and the published interface), requests (clients that wait), handshake (who is at
                     the other end of a link), members (changes of the members, asked for and of the leader's own),
                     snapshots (the state on its way to a member that lacks entries), backups (to a
@@ -38,17 +38,18 @@
 
 **In what order effects happen.** One thread, one mailbox, one writer: the loop reads what has arrived, then
 `Election.cycle` takes one turn: take every letter into the consensus; send what promises nothing that is not on disk,
-and answer clients whose entries a majority holds; one LMDB transaction, synced, with ballot and entries; send what
-promises that something is on disk. While the disk syncs, the kernel's buffers collect the next batch: that is the group
-commit. A leader's entries wait for it until they are sent to somebody, as their copies are written side by side. The
-effects of what has committed, and commit_id with them, begin to go to the disk when many have collected, some with each
-transaction (`flushing` tells when and how many): until then the log has them, and reads see them in memory. Local reads
-need no turn.
+and answer clients whose entries a majority holds; one write to the disk, synced; send what promises that something is
+on disk. The write is an LMDB transaction with ballot and entries; or, if there is nothing to write but a few entries,
+one to the `tail` of the log, from where the next transaction takes them. While the disk syncs, the kernel's buffers
+collect the next batch: that is the group commit. A leader's entries wait for it until they are sent to somebody, as
+their copies are written side by side. The effects of what has committed, and commit_id with them, begin to go to the
+disk when many have collected, some with each transaction (`flushing` tells when and how many): until then the log has
+them, and reads see them in memory. Local reads need no turn.
 
 **The way of a put**: `connections.Connection` frames and decodes it, `mailbox` carries it, `requests.Requests` checks
-and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` sends it to the followers, `Store.write`
-makes it durable, the followers' answers commit it, `Namespaces.apply` carries it out, and `Connection.answer` tells the
-client.
+and proposes it, `consensus.Raft` appends it to the journal, `connections.Link` sends it to the followers,
+`Store.extend_tail` or `Store.write` makes it durable, the followers' answers commit it, `Namespaces.apply` carries it
+out, and `Connection.answer` tells the client.
 
 **Where to put the next feature**: a new message or command kind begins in `messages` (what a command does is an
 `Effect` there); how that changes the state in `namespaces`; a consensus rule in `consensus`, with its paper test; what

@@ -332,7 +332,7 @@ def _check_free(directory: Path) -> None:
         found = {path.name for path in directory.iterdir()} if directory.exists() else set()
     except OSError as error:
         raise StoreForeign(f"{directory} can't be used: {error.strerror or error}") from error
-    ours = {records.DATA_FILE, records.LOCK_FILE, f"{records.DATA_FILE}-lock"}
+    ours = {records.DATA_FILE, records.TAIL_FILE, records.LOCK_FILE, f"{records.DATA_FILE}-lock"}
     if found - ours:
         raise StoreForeign(f"{directory} is not empty: name another directory for the new node")
 

@@ -287,10 +287,13 @@ class Election:
         return ready.chunk is not None
 
     def _write(self, ready: Ready, clock: Callable[[], float]) -> bool:
-        """The transaction; true when it has installed a snapshot."""
+        """To the tail of the log, if that will do, or in a transaction; true when that has installed a snapshot."""
         self._keep_witnesses()
         self.store.incoming = self.raft.incoming
-        has_installed = self._transact(clock, ready, self._flushing.along(self._now))
+        if ready.ballot is None and ready.chunk is None and self._timed(clock, self.store.extend_tail):
+            return False
+        keys = self._flushing.along(self._now)
+        has_installed = self._timed(clock, lambda: self.store.write(ready.ballot, ready.chunk, keys))
         if has_installed:
             assert ready.chunk is not None, "its last chunk"
             self.snapshots.installed(ready.chunk)
@@ -299,17 +302,18 @@ class Election:
     def _write_effects(self, clock: Callable[[], float], keys: int) -> None:
         """A transaction of the effects alone, when nobody waits for anything else of this turn."""
         assert not self.raft.wants_write, "what was sent or acknowledged is on disk by now"
-        self._transact(clock, Ready(), keys)
+        self._timed(clock, lambda: self.store.write(keys=keys))
         self._flushing.written_alone()
 
-    def _transact(self, clock: Callable[[], float], ready: Ready, keys: int) -> bool:
+    def _timed(self, clock: Callable[[], float], write: Callable[[], bool]) -> bool:
+        """Write, and look at how long the disk took."""
         began = clock()
-        has_installed = self.store.write(ready.ballot, ready.chunk, keys)
+        result = write()
         took_ms = (clock() - began) * 1000
         if took_ms > self.settings.slow_sync_ms:
             self.log.warning("slow_sync", took_ms=round(took_ms), at=self.store.journal.written)
         self._set_clock(clock())  # a leader whose sync hung for an election timeout steps down here
-        return has_installed
+        return result
 
     def _keep_witnesses(self) -> None:
         """Now and then, let a transaction that happens anyway take with it what is known of the others' promises."""
@@ -573,8 +577,7 @@ class Election:
         """After the end: bring the effects to the disk, so that the next start has nothing to catch up on."""
         self.end()
         with self._turn_lock:
-            if self.store.has_effects:
-                self.store.write()
+            self.store.finish()
             self.store.owner = None
 
     # --- the published interface, for other threads ---

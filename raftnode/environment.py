@@ -1,6 +1,7 @@
 """The data directory: who may have it, and the LMDB environment in it. Layer 2.
 
     <data_dir>/raftnode.mdb        the environment: one file, no sub-directory
+    <data_dir>/raftnode.tail       the newest log entries, until LMDB has them (`tail`)
     <data_dir>/raftnode.mdb-lock   LMDB's table of readers; never deleted by hand while a process lives
     <data_dir>/raftnode.mdb-new    a copy that `raftnode compact` makes; what a kill leaves of one is removed at a start
     <data_dir>/raftnode.lock       held with flock by the one node that writes; its text is the id of that node
@@ -216,7 +217,7 @@ class Environment:
     def write(self) -> _Writing:
         """The one write transaction, committed and synced when the block ends. An error of any kind, in the block or
         on the way to the disk, closes the environment to further use; those of the disk become StoreFailed."""
-        return _Writing(self._usable(), self._fail)
+        return _Writing(self._usable(), self.fail)
 
     @property
     def databases(self) -> tuple[bytes, ...]:
@@ -239,12 +240,12 @@ class Environment:
         copy.rename(self._data_file)
         sync_directory(self.path)
 
-    def _fail(self, error: BaseException) -> StoreFailed:
-        """A write or a sync has failed. What is on disk is not known, and trying again proves nothing: after a failed
-        fsync the kernel has dropped the pages (TRAPS, LMDB)."""
+    def fail(self, error: BaseException, file: str = records.DATA_FILE) -> StoreFailed:
+        """A write or a sync of a file has failed: nothing is read or written any more. What is on disk is not known,
+        and trying again proves nothing: after a failed fsync the kernel has dropped the pages (TRAPS, LMDB)."""
         self._failure = StoreFailed(
-            f"writing to {self._data_file} failed: {error}. Nothing that depends on this write was acknowledged. Check "
-            "the disk (free space, kernel log), then start the node again: it continues from its last good transaction"
+            f"writing to {self.path / file} failed: {error}. Nothing that depends on this write was acknowledged. "
+            "Check the disk (free space, kernel log), then start the node again: it continues from its last good write"
         )
         return self._failure
 

@@ -43,12 +43,17 @@ class Flushing:
         store = self._store
         if store.behind is not None:
             on_time = len(store.namespaces.leaving) * max(0.0, 1 - _HASTE * self._collected())
-            return max(self._step, store.namespaces.left - int(on_time))
+            return max(self._at_least(), store.namespaces.left - int(on_time))
         is_late = self._since is not None and now >= self._since + _PATIENCE * self._delay
         if not is_late and self._collected() < 1:
             return 0
         self._since = now
-        return self._step
+        return self._at_least()
+
+    def _at_least(self) -> int:
+        """... while there are some to go. The transaction after many writes to the tail has more along: for each entry
+        that it takes over one and a quarter, or they would fall behind."""
+        return max(self._step, int(_HASTE * self._store.entries_in_tail))
 
     def _collected(self) -> float:
         """How much was carried out since the last flush began, as a part of what may collect before the next one."""

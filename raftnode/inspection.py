@@ -18,6 +18,12 @@ While a flush is under way the values on disk are of two times (`namespaces`). A
 the commit_id on disk: an `Overlay` of the entries that are not in place yet lies over them. It is made when values are
 asked for, from the look that they come from.
 
+The newest entries of the log may be in the `tail` only, a file beside LMDB's. It is read with each look, and what it
+holds is part of the log here as if LMDB had it; what is lost of it is damage of these entries. A live node takes it
+over in a transaction, and only then overwrites it: so a look that is still LMDB's newest after the file was read fits
+it, and any other is taken anew. The newer one's log has all that was in the tail before; so after some tries LMDB alone
+will do, as nothing is missing that was there when the first look began, and `last` never falls.
+
 An open read transaction holds back the reuse of pages on a live node: its file grows as long as somebody reads and the
 node writes. So no *look*, which is one transaction and one consistent snapshot, is held for longer than half a second,
 nor while the output waits for whoever reads it (`release`); the next read takes a new look. What is committed in the
@@ -34,6 +40,7 @@ import struct
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from itertools import groupby
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final, TypeVar
@@ -43,7 +50,7 @@ import msgspec
 from msgspec import Struct
 from zlib_ng.zlib_ng import crc32
 
-from raftnode import records
+from raftnode import records, tail
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
@@ -75,6 +82,12 @@ _LARGE: Final = 1 << 16
 """After an entry of so many bytes the clock is looked at, too."""
 _COUNTED_AT_ONCE: Final = 50_000
 _META_PAGES: Final = 2
+_MOST_TAILS: Final = 20
+"""So often a look is taken anew when a node has taken the tail over while it was read."""
+_SURE: Final = 3
+"""Damage of the tail is believed when it was met so many times in a row: a record that is just being written may look
+damaged to who reads it."""
+_BETWEEN_TAILS_S: Final = 0.01
 _MOST_SEEDS: Final = 3
 _MOST_BAD_PLACES: Final = 50
 """Each costs some milliseconds to get past."""
@@ -153,8 +166,8 @@ class Directory:
 
     Public facts: `path`; `facts`, as of the first look; as of the newest one `committed` (the commit_id on disk),
     `behind` (how far the values on disk are behind it), `base` (the point before the first kept entry; None when it is
-    damaged), `first` and `last` (the ends of the log; `last` is below `first` in an empty one); `looks`, which counts
-    them.
+    damaged), `first` and `last` (the ends of the log; `last` is below `first` in an empty one), `tail_damage` (what is
+    wrong with its tail, in words); `looks`, which counts them.
     """
 
     def __init__(self, path: Path, map_bytes: int) -> None:
@@ -169,7 +182,10 @@ class Directory:
         """Show the values as they are on disk, of two times while a flush is under way. For who checks these."""
         self._map_bytes = map_bytes
         self._held: lmdb.Transaction | None = None
+        self._tail_fact = tail.TailFact()
+        self._is_tail_lost = False
         self._seen: int | None = None
+        """The newest transaction of which all was read that is kept here; None while it is opened."""
         self._open_env()
 
     def _open_env(self) -> None:
@@ -180,12 +196,7 @@ class Directory:
             self._dbs = self._open_databases()
             self._state = records.COMMITTED
             self._overlay = _NOTHING
-            self.facts = self._read_facts()
-            self.base = self.facts.base
-            self.behind = self.facts.behind
-            self.committed = self.facts.commit_id
-            self.first, self.last = self._ends()
-            self._seen = self._txn.id()
+            self._read_look(self._read_first)
         except lmdb.Error as error:
             self._env.close()
             raise explain_open_error(path, error) from error
@@ -224,18 +235,52 @@ class Directory:
     def _txn(self) -> lmdb.Transaction:
         """The look: the one that is held, or a new one."""
         if self._held is None:
-            self._held = self._env.begin(buffers=True)  # a value that is only counted is not read
-            self._since = time.monotonic()
-            self._log = self._held.cursor(self._dbs[records.LOG])
-            if self._seen not in (None, self._held.id()):
-                self._take_news(self._held)
+            held = self._begin()
+            if self._seen is None:  # it is being opened
+                return held
+            committed = self.committed
+            self._read_look(self._take_news)
+            if self.on_new_look is not None and self.committed != committed:
+                self.on_new_look()
+            return self._txn
         return self._held
 
-    def _take_news(self, txn: lmdb.Transaction) -> None:
+    def _begin(self) -> lmdb.Transaction:
+        held = self._held = self._env.begin(buffers=True)  # a value that is only counted is not read
+        self._since = time.monotonic()
+        self._log = held.cursor(self._dbs[records.LOG])
+        return held
+
+    def _read_look(self, read: Callable[[], object]) -> None:
+        """Let `read` take in what a new look has in LMDB, and then look at the tail: until the two fit each other, or
+        for the last time without the tail. What was in it when the first look began is in LMDB then."""
+        for tries_left in range(_MOST_TAILS, -1, -1):
+            read()
+            if not tries_left or self._look_at_tail():
+                return
+
+    def _read_first(self) -> None:
+        """All that is kept of a look, read for the first time."""
+        self._seen = None
+        self.facts = self._read_facts()
+        self.base = self.facts.base
+        self.behind = self.facts.behind
+        self.committed = self.facts.commit_id
+        self.first, self._end = self._ends()
+        self._keep_tail(tail.NOTHING)
+        self._seen = self._txn.id()
+
+    def _take_news(self) -> None:
         """What has changed since the look before."""
-        self._seen, committed = txn.id(), self.committed
+        txn = self._txn
+        if self._seen == txn.id():
+            return
+        self._seen = txn.id()
+        self._take_tail_fact(None)
+        self._keep_tail(tail.NOTHING)  # it goes with the look before
         meta = self._dbs[records.META]
-        stored, base, behind = (txn.get(name, db=meta) for name in (b"commit_id", b"base", b"behind"))
+        names = (b"commit_id", b"base", b"behind", b"tail")
+        stored, base, behind, tail_fact = (txn.get(name, db=meta) for name in names)
         with contextlib.suppress(StoreDamaged):  # then it stays at what was read before
             if stored is not None and self.committed is not None:
                 self.committed = records.unpack_meta(b"commit_id", bytes(stored), int)
@@ -243,9 +288,9 @@ class Directory:
                 self.base = records.unpack_meta(b"base", bytes(base), Mark)
             self._state = self._state_in(txn)
         self._take_behind(None if behind is None else bytes(behind))
-        self.first, self.last = self._ends()
-        if self.on_new_look is not None and self.committed != committed:
-            self.on_new_look()
+        self._take_tail_fact(None if tail_fact is None else bytes(tail_fact))
+        self.first, self._end = self._ends()
+        self.last = self._end
 
     def _take_behind(self, stored: bytes | None) -> None:
         """How far the values are behind in a new look. That of another look would be wrong."""
@@ -255,6 +300,76 @@ class Directory:
                 self.behind = records.unpack_meta(b"behind", stored, Behind | None)
         except StoreDamaged:
             self._is_behind_lost = True
+
+    def _take_tail_fact(self, stored: bytes | None) -> None:
+        """What a new look says of the tail. That of another look would be wrong."""
+        self._tail_fact, self._is_tail_lost = tail.TailFact(), False
+        try:
+            if stored is not None:
+                self._tail_fact = records.unpack_meta(b"tail", stored, tail.TailFact)
+        except StoreDamaged:
+            self._is_tail_lost = True
+
+    def _look_at_tail(self) -> bool:
+        """Take in what the tail holds beside the look. False when a node has written to LMDB meanwhile, and so may have
+        taken the tail over and begun to overwrite it: the look is a newer one then, of which nothing was read yet."""
+        if not self._tail_fact.bytes and not self._is_tail_lost:
+            return True
+        before: tuple[str, ...] = ()
+        times = 0
+        for _ in range(_MOST_TAILS):
+            found = self._read_tail()
+            if not self._is_still_newest():
+                return False
+            if not _is_same_file(self._file, _identity(self.path)):
+                return True  # this may be the tail of the other data file: what was read before is all that is sure
+            times = times + 1 if found.damage == before else 1
+            if not found.damage or found == self._tail or times == _SURE:
+                break
+            before = found.damage
+            time.sleep(_BETWEEN_TAILS_S)
+        self._keep_tail(found)
+        return True
+
+    def _read_tail(self) -> tail.Found:
+        """What the tail holds; when nothing can be read of it, a position is lost, at least."""
+        lost = f"entry {self._end + 1} and later ones"
+        if self._is_tail_lost:
+            text = f"the record 'tail' of the node is damaged: {records.TAIL_FILE} may hold {lost}"
+            return tail.Found({self._end + 1: b""}, (text,))
+        try:
+            found = tail.look(self.path, self._tail_fact, self._end)
+            if found.damage:
+                first = next((commit_id for commit_id, record in found.records.items() if record), 0)
+                if first > self._end + 1 and self._is_in_lmdb(first - 1):  # there is a hole, but not in the tail
+                    found = tail.look(self.path, self._tail_fact, first - 1)
+        except OSError as error:
+            text = f"{records.TAIL_FILE} can't be read: {error.strerror or error}: it may hold {lost}"
+            return tail.Found({self._end + 1: b""}, (text,))
+        return found
+
+    def _is_in_lmdb(self, commit_id: int) -> bool:
+        """False, too, when it can't be told."""
+        held = self._held or self._begin()
+        try:
+            return held.get(records.log_key(commit_id), db=self._dbs[records.LOG]) is not None
+        except lmdb.Error:
+            held.abort()
+            self._begin()
+            return False
+
+    def _is_still_newest(self) -> bool:
+        """True when no transaction has come since what is kept here was read: the look is as it was then. Else it is a
+        newer one. LMDB's own figure won't do: it tells of a transaction that no reader sees yet, while that is synced.
+        """
+        if self._held is not None:
+            self._held.abort()
+        return self._begin().id() == self._seen
+
+    def _keep_tail(self, found: tail.Found) -> None:
+        self._tail, self._tail_problems = found, _problems_of(found)
+        self.tail_damage = found.damage
+        self.last = max(self._end, next(reversed(found.records), 0))
 
     def look_again(self) -> None:
         """A new look, also when the file was replaced by another one, or a node has started on a copy that had none.
@@ -321,7 +436,8 @@ class Directory:
             witnesses=fact(b"witnesses", dict[str, Witness], {}) or {},
             damage=damage,
         )
-        self._is_behind_lost = b"behind" in lost
+        self._tail_fact = fact(b"tail", tail.TailFact) or tail.TailFact()
+        self._is_behind_lost, self._is_tail_lost = b"behind" in lost, b"tail" in lost
         return facts
 
     def _check_format(self, found: int | None, damage: list[str]) -> None:
@@ -337,7 +453,7 @@ class Directory:
             damage.append("the record 'format' of the node is missing")
 
     def _ends(self) -> tuple[int, int]:
-        """The first and last commit_id that should be there: counted, as any single key may be damaged."""
+        """The first and last commit_id that should be in LMDB: counted, as any single key may be damaged."""
         base, committed = self.base, self.committed or 0
         if base is not None:
             return base.id.commit_id + 1, max(base.id.commit_id + self._count(records.LOG), committed)
@@ -403,11 +519,15 @@ class Directory:
         try:
             if self._held is None:
                 _ = self._txn
+            if record := self._tail.records.get(commit_id):
+                return record, ""
             stored = self._log.get(records.log_key(commit_id))
         except lmdb.Error as error:
             self.release()
             return None, f"can't be read: {error}"
-        return (None, "not in the log") if stored is None else (bytes(stored), "")
+        if stored is None:
+            return None, self._tail_problems.get(commit_id, "not in the log")
+        return bytes(stored), ""
 
     def _strays(self, last: int | None) -> Iterator[LogRecord]:
         """Entries past the end that the count gives: with a hole in the log, or when a key was changed."""
@@ -641,8 +761,8 @@ class Directory:
 
     @property
     def kept(self) -> int:
-        """How many log entries there are, staged and committed."""
-        return self._count(records.LOG)
+        """How many log entries there are, staged and committed, without those that the tail has lost."""
+        return self._count(records.LOG) + sum(1 for record in self._tail.records.values() if record)
 
     def sizes(self) -> dict[str, int]:
         """Bytes: `file` (on disk), `used` (pages that hold data in this look), `free` (pages that hold none, to be used
@@ -862,7 +982,22 @@ def _json_string(text: bytes | None) -> str | None:
         return text[1:-1].decode(errors="backslashreplace")
 
 
-def _identity(path: Path) -> object:
+def _problems_of(found: tail.Found) -> dict[int, str]:
+    """What is wrong with the positions that a tail has lost."""
+    if not found.damage:
+        return {}
+    lost = [commit_id for commit_id, record in found.records.items() if not record]
+    rows = [[at for _, at in row] for _, row in groupby(enumerate(lost), key=lambda item: item[1] - item[0])]
+    texts = found.damage if len(rows) == len(found.damage) else ["; ".join(found.damage)] * len(rows)
+    return {commit_id: text for row, text in zip(rows, texts, strict=True) for commit_id in row}
+
+
+def _is_same_file(one: tuple[int, int, bool] | None, other: tuple[int, int, bool] | None) -> bool:
+    """True when two identities are of one data file."""
+    return one is not None and other is not None and one[:2] == other[:2]
+
+
+def _identity(path: Path) -> tuple[int, int, bool] | None:
     """What changes when another data file is put in place of this one, or LMDB's table of readers appears beside it."""
     file = path / records.DATA_FILE
     try:

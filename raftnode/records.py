@@ -26,11 +26,13 @@ from zlib_ng.zlib_ng import crc32
 from raftnode.errors import StoreDamaged
 from raftnode.messages import Entry
 
-FORMAT: Final = 3
+FORMAT: Final = 4
 """Format of the whole directory, in `meta`; raised when an older version could misread a newer directory.
-1: one state database, called `committed`. 2: two, and the fact `state`. 3: the fact `behind` (see `namespaces`)."""
+1: one state database, called `committed`. 2: two, and the fact `state`. 3: the fact `behind` (see `namespaces`).
+4: the tail, and the fact of that name (see `tail`)."""
 
 DATA_FILE: Final = "raftnode.mdb"
+TAIL_FILE: Final = "raftnode.tail"
 LOCK_FILE: Final = "raftnode.lock"
 COPY_FILE: Final = "raftnode.mdb-new"
 """What is to take the place of the data file, while it is made (`raftnode compact`); of no use to anybody else."""
@@ -49,6 +51,8 @@ _value_header = struct.Struct(">QQQQ")
 _checksum = struct.Struct(">I")
 _stored_header = struct.Struct(">IQQQQ")  # those two, before a value
 _ENTRY_FORMAT: Final = 1
+ENTRY_HEAD_BYTES: Final = _log_header.size
+"""What a log record has besides the command."""
 
 log_key = _position.pack
 

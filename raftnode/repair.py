@@ -1,10 +1,11 @@
 """The repair of a stopped node's directory, from itself and from the other members. Layer 5.
 
-Everything is walked: the pages of LMDB from the outside, every fact of the node, every entry of the log in the chain of
-its checksums, every committed value, and, when the log reaches back to entry 1, whether the committed values are what
-the log makes of nothing: up to the node's commit_id or, where a flush was under way and had not come to a key, up to
-the one before it (`namespaces`). What is damaged is put right from what can be proved to be the same; else nothing is
-changed. A flush is not ended here: the values are to be what they were, and the next start goes on with it.
+Everything is walked: the pages of LMDB from the outside, every fact of the node, every entry of the log, in LMDB and in
+the `tail`, in the chain of its checksums, every committed value, and, when the log reaches back to entry 1, whether the
+committed values are what the log makes of nothing: up to the node's commit_id or, where a flush was under way and had
+not come to a key, up to the one before it (`namespaces`). What is damaged is put right from what can be proved to be
+the same; else nothing is changed. A flush is not ended here: the values are to be what they were, and the next start
+goes on with it.
 
 **What may be put right, and what proves it**:
 
@@ -24,18 +25,33 @@ changed. A flush is not ended here: the values are to be what they were, and the
   that term's, with the vote free, as with any message of that term;
 * a committed value: the log, whole by then, says what it was, as of the commit_id that it should be as of.
 
+**An end that is not known.** When the last record of the tail is damaged, or its file is gone or was cut off, nothing
+here tells how many entries were in it, if any; and this node may have acknowledged them. All of them came under the
+ballot that LMDB has, as another one would have ended the generation; say it is of term T. So they are those of the
+leader of term T, or this node led itself. The log goes to where nothing that was lost can count any more, as said by
+one member:
+
+* it leads in term T, and its log has ended before: then there never was anything to lose. Else, to that end;
+* or it has committed an entry of a later term: the leader of that term was elected without this node's vote, so all
+  that was committed in T is before this entry in its log (Leader Completeness). The ballot is raised to its term;
+* or it has committed more entries, up to one of term T, than the tail has room for.
+
+What is between comes from members, as above: it is committed there. If no member says any of this, nothing is changed.
+
 **What is never done**: to cut the log or leave it shorter, even by a staged entry that nobody seems to have. This node
 may have acknowledged it, and with its acknowledgement it may have been committed. Such an entry stays, and so does the
 refusal, until a member has committed something in its place. Nor are a ballot, a node id or any other fact made up:
 what this node has promised only its own disk knows.
 
-All changes go in one synced transaction, which is checked as a whole before it is committed and once more after: a
-kill at any moment leaves the directory as it was, or repaired.
+All changes go in one synced transaction, and with them into LMDB all that is sound in the tail, whose file is out of
+use from then on. The transaction is checked as a whole before it is committed and once more after: a kill at any moment
+leaves the directory as it was, or repaired. Where nothing is damaged, nothing is written.
 """
 
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
@@ -44,9 +60,9 @@ import lmdb
 import msgspec
 from msgspec import UNSET, Struct
 
-from raftnode import records
+from raftnode import records, tail
 from raftnode.blocking import LineConnection
-from raftnode.config import Settings
+from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
 from raftnode.consensus.membership import Membership
@@ -72,6 +88,7 @@ from raftnode.messages import (
 )
 from raftnode.namespaces import Behind
 from raftnode.replay import Replay, Written
+from raftnode.tail import TailFact
 
 _FACTS: Final[dict[bytes, Any]] = {
     b"format": int,
@@ -83,11 +100,21 @@ _FACTS: Final[dict[bytes, Any]] = {
     b"behind": Behind | None,
     b"base": Mark,
     b"memberships": list[Membership],
+    b"tail": TailFact,
     records.STATE_FACT: str,
 }
 _OF_EVERY_NODE: Final = ("format", "node")
 _OF_A_MEMBER: Final = (*_OF_EVERY_NODE, "cluster", "address", "ballot", "commit_id", "memberships")
+_WITH_TAIL: Final = 4
+"""The format from which on a member says what its tail is."""
 _MISMATCH: Final = "does not match its checksum"
+_LEAST_BYTES: Final = records.ENTRY_HEAD_BYTES
+"""An entry takes more in the tail."""
+_LOOKS: Final = 20
+_BETWEEN_LOOKS_S: Final = 0.05
+"""So often and with such pauses a leader is asked whether it has committed the end of its log."""
+_ANY: Final = 2**63 - 1
+"""A last entry that nobody has."""
 
 LOST: Final = (
     "Nothing was changed. The other members can't know this: what a node has promised is on its own disk alone. If "
@@ -133,7 +160,7 @@ def repair(
             members = [_Member(node, facts, timeout, settings) for node in nodes or facts.others]
             for member in members:
                 stack.callback(member.close)
-            done = _mend(log, members, tell)
+            done = _settle_end(log, members) + _mend(log, members, tell)
             values = _wrong_values(env, txn, log, tell)
             ballot = _ballot_for(log)
         checked = f"node {facts.node} at {facts.address}: log up to entry {log.last}, {facts.commit_id} committed"
@@ -174,10 +201,13 @@ def _carry_out(env: Environment, log: _Log, values: dict[bytes, bytes | None], b
 def _change(
     env: Environment, txn: lmdb.Transaction, log: _Log, values: dict[bytes, bytes | None], ballot: Ballot
 ) -> None:
-    for commit_id, entry in log.mended.items():
-        txn.put(records.log_key(commit_id), records.pack_entry(entry), db=env.db(records.LOG))
     for key in log.strays:
         txn.delete(key, db=env.db(records.LOG))
+    mended = {commit_id: records.pack_entry(entry) for commit_id, entry in log.mended.items()}
+    for commit_id, record in (log.from_tail | mended).items():
+        txn.put(records.log_key(commit_id), record, db=env.db(records.LOG))
+    if log.facts.tail.bytes:
+        txn.put(b"tail", records.pack_meta(b"tail", log.facts.tail.retired), db=env.db(records.META))
     for key, value in values.items():
         if value is None:
             txn.delete(key, db=_state(env, txn))
@@ -216,6 +246,7 @@ class Facts(Struct, frozen=True, kw_only=True):
     memberships: list[Membership]
     behind: Behind | None = None
     base: Mark = Mark(GENESIS, 0)
+    tail: TailFact = TailFact()
 
     @property
     def contradictions(self) -> list[str]:
@@ -245,7 +276,9 @@ def _read_facts(env: Environment, txn: lmdb.Transaction) -> Facts | None:
     if found.get("format", 0) > records.FORMAT:
         raise StoreTooNew(f"{env.path} was written in format {found['format']}: repair it with the newer raftnode")
     is_empty = all(txn.stat(env.db(name))["entries"] == 0 for name in (records.LOG, records.COMMITTED))
-    needed = _OF_EVERY_NODE if is_empty and "cluster" not in found else _OF_A_MEMBER
+    needed: tuple[str, ...] = _OF_EVERY_NODE if is_empty and "cluster" not in found else _OF_A_MEMBER
+    if needed is _OF_A_MEMBER and found.get("format", 0) >= _WITH_TAIL:
+        needed = (*needed, "tail")
     problems += [f"the record {name!r} of the node is missing" for name in needed if name not in found and not problems]
     if not problems and env.held_node not in ("", found["node"]):
         problems.append(f"{records.DATA_FILE} is of node {found['node']}, the directory of node {env.held_node}")
@@ -262,40 +295,70 @@ def _read_facts(env: Environment, txn: lmdb.Transaction) -> Facts | None:
 
 
 class _Log:
-    """The log in one transaction, and over it the entries that are to replace its damaged ones.
+    """The log in one transaction, with what only the tail has, and over it the entries that are to replace its damaged
+    ones.
 
     Public facts: `first` and `last`, where it begins and ends by its count, as any single key may be damaged;
-    `damaged`, the positions whose entry is certainly damaged or missing; `strays`, keys past the end; `mended`, what is
-    to be written, by position; `adopted`, from where on it is what a member has committed, without a proof that it was
-    here before (0: nowhere).
+    `damaged`, the positions whose entry is certainly damaged or missing; `strays`, keys past the end of LMDB's part;
+    `from_tail`, the records that LMDB is to get from the tail, by position; `mended`, what is to be written besides, by
+    position; `adopted`, from where on it is what a member has committed, without a proof that it was here before (0:
+    nowhere); `has_open_end`, true while nothing tells how many entries are lost from `last` on, if any.
     """
 
     def __init__(self, env: Environment, txn: lmdb.Transaction, facts: Facts) -> None:
+        """Raises StoreDamaged when the tail says that LMDB's file is an older one."""
         self.path = env.path
         self.facts = facts
-        length = txn.stat(env.db(records.LOG))["entries"]
+        self._txn = txn
+        self._db = env.db(records.LOG)
         self.first = facts.base.id.commit_id + 1
-        self.last = max(facts.base.id.commit_id + length, facts.commit_id)
-        self.damaged: set[int] = set()
+        self._in_lmdb = self._count()
+        found = _read_tail(self.path, facts.tail, self._in_lmdb)
+        self.from_tail = {at: record for at, record in found.records.items() if record and self._in_file(at) is None}
+        self.last = max([self._in_lmdb, *found.records])
+        self.has_open_end = self.last > self._in_lmdb and not found.records[self.last]
+        self._tail_damage = found.damage
+        self.damaged = {at for at, record in found.records.items() if not record and self._in_file(at) is None}
         self.strays: list[bytes] = []
         self.mended: dict[int, Entry] = {}
         self.adopted = 0
-        self._txn = txn
-        self._db = env.db(records.LOG)
+
+    def _count(self) -> int:
+        """Where LMDB's part ends: by its count, but not before what follows that without a gap."""
+        last = max(self.first - 1 + self._txn.stat(self._db)["entries"], self.facts.commit_id)
+        while self._txn.get(records.log_key(last + 1), db=self._db) is not None:
+            last += 1
+        return last
+
+    def _in_file(self, commit_id: int) -> bytes | None:
+        """What LMDB has at a position of its part."""
+        stored = self._txn.get(records.log_key(commit_id), db=self._db) if commit_id <= self._in_lmdb else None
+        return None if stored is None else bytes(stored)
+
+    def _stored(self, commit_id: int) -> bytes | None:
+        """What LMDB has at a position, or else the tail."""
+        return self.from_tail.get(commit_id) or self._in_file(commit_id)
+
+    def end_at(self, last: int) -> None:
+        """It is known where it ends."""
+        self.last, self.has_open_end = last, False
+        self.damaged = {commit_id for commit_id in self.damaged if commit_id <= last}
 
     def examine(self, tell: Tell) -> None:
         """Find what is certainly damaged: every such entry, not only the first. After a damaged one, the next is held
         against the checksum that is stored there and against the one computed of what is there; one that fits neither
         may be damaged itself, or not: `_mend` sees when it knows what was before it."""
+        for problem in self._tail_damage:
+            tell(f"found: {problem}")
         seeds: tuple[int, ...] = (self.facts.base.checksum,)
         is_certain = True
         for commit_id in range(self.first, self.last + 1):
-            stored = self._txn.get(records.log_key(commit_id), db=self._db)
+            stored = self._stored(commit_id)
             if stored is None:
                 self.note(commit_id, f"entry {commit_id} is not in the log", tell)
                 seeds, is_certain = (), False
                 continue
-            record, after = check_entry(commit_id, bytes(stored), seeds)
+            record, after = check_entry(commit_id, stored, seeds)
             if not record.damage:
                 seeds, is_certain = after, bool(seeds)
             elif is_certain or not self.is_readable(commit_id):
@@ -304,10 +367,10 @@ class _Log:
             else:
                 seeds = after[:1]
         with self._txn.cursor(self._db) as cursor:
-            if cursor.set_range(records.log_key(self.last + 1)):
+            if cursor.set_range(records.log_key(self._in_lmdb + 1)):
                 self.strays = [key for key, _ in _pairs(cursor)]
         for key in self.strays:
-            tell(f"found: the log should end at {self.last}, but has a record under the key {key.hex()}")
+            tell(f"found: the log should end at {self._in_lmdb}, but has a record under the key {key.hex()}")
 
     def note(self, commit_id: int, problem: str, tell: Tell) -> None:
         """An entry is damaged for certain."""
@@ -317,13 +380,13 @@ class _Log:
 
     def is_readable(self, commit_id: int) -> bool:
         """True when the record at a position has the form of one, whatever its checksum says."""
-        stored = self._txn.get(records.log_key(commit_id), db=self._db)
-        return stored is not None and not check_entry(commit_id, bytes(stored), ())[0].damage
+        stored = self._stored(commit_id)
+        return stored is not None and not check_entry(commit_id, stored, ())[0].damage
 
     def contents(self, commit_id: int) -> Entry | None:
         """What is stored at a position, whatever its checks say; None when nothing can be made of it."""
-        stored = self._txn.get(records.log_key(commit_id), db=self._db)
-        return None if stored is None else check_entry(commit_id, bytes(stored), ())[0].entry
+        stored = self._stored(commit_id)
+        return None if stored is None else check_entry(commit_id, stored, ())[0].entry
 
     def entry(self, commit_id: int) -> Entry:
         """An entry as it will be. All up to there must be whole or mended."""
@@ -367,7 +430,67 @@ def _ballot_for(log: _Log) -> Ballot:
     return ballot.in_term(newest.term) if newest.term > ballot.term else ballot
 
 
+def _read_tail(path: Path, fact: TailFact, after: int) -> tail.Found:
+    """What the tail has besides LMDB. Raises StoreDamaged when LMDB's file is older than it, StoreFailed."""
+    try:
+        found = tail.look(path, fact, after)
+    except OSError as error:
+        raise StoreFailed(f"{path / records.TAIL_FILE} can't be read: {error}. Check the disk") from error
+    if found.is_newer:
+        raise StoreDamaged(f"{path} can't be repaired: {'; '.join(found.damage)}. {LOST}")
+    return found
+
+
 # --- mending the log ------------------------------------------------------------------------------------------
+
+
+def _settle_end(log: _Log, members: Sequence[_Member]) -> list[str]:
+    """Find where the log must go to, if that is not known; see the module's text. Returns what to say of it when it is
+    known to have lost nothing. Raises StoreDamaged when no member tells."""
+    if not log.has_open_end:
+        return []
+    reasons = []
+    for member in members:
+        try:
+            last = _end_by(log, member)
+        except Unproved as why:
+            reasons.append(f"{member.address}: {why}")
+            continue
+        if last < log.last:
+            log.end_at(log.last - 1)
+            return [
+                f"the end of the log: entry {log.last}, as by {member.address}, which leads in term "
+                f"{log.facts.ballot.term}, there was none after it"
+            ]
+        log.end_at(last)
+        return []
+    told = "; ".join(reasons) or "there is no other member to ask"
+    raise StoreDamaged(
+        f"{log.path} can't be repaired now, and nothing was changed: how many entries are lost from {log.last} on is "
+        f"not known, and this node may have acknowledged them: the log is never cut ({told}). Start the other members, "
+        f"see that one of them leads and has committed entry {log.last} (raftnode status; write something), and run "
+        f"this again. If that does not help, let another member lead (raftnode transfer-leader)"
+    )
+
+
+def _end_by(log: _Log, member: _Member) -> int:
+    """Where the log must go to by what one member says; before `log.last`, when there was nothing to lose. Raises
+    Unproved."""
+    term, fact = log.facts.ballot.term, log.facts.tail
+    enough = log.last + fact.bytes // _LEAST_BYTES
+    if (last := member.last_as_leader(term)) is not None:
+        if last < log.last:
+            return last
+        enough = min(enough, last)
+    at = log.last
+    try:
+        for entry in member.entries(log.last, _ANY):
+            at = entry.commit_id
+            if entry.term > term or (entry.term == term and at >= enough):
+                return at
+    except Unproved as why:
+        raise Unproved(f"{why}, and none up to there is of a term after {term}") from why
+    raise AssertionError("it gives entries until it has none")
 
 
 def _mend(log: _Log, members: Sequence[_Member], tell: Tell) -> list[str]:
@@ -511,6 +634,24 @@ class _Member:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
+
+    def last_as_leader(self, term: int) -> int | None:
+        """The end of its log now, if it leads in this term; waits a moment until it has committed that. Raises
+        Unproved."""
+        end: int | None = None
+        for _ in range(_LOOKS):
+            answer = self._ask(Status())
+            says = answer.data if isinstance(answer, StatusAnswer) and answer.data is not None else {}
+            if (says.get("role"), says.get("term")) != (Role.LEADER, term):
+                break
+            try:
+                end = int(says["last"]["commit_id"]) if end is None else end
+                if int(says["commit_id"]) >= end:
+                    break
+            except (KeyError, TypeError, ValueError) as error:
+                raise Unproved(f"its status can't be read: {error!r}") from error
+            time.sleep(_BETWEEN_LOOKS_S)
+        return end
 
     def entries(self, first: int, last: int) -> Iterator[Entry]:
         """The entries from `first` to `last`, in order. Raises Unproved where it can't give the next."""

@@ -2,7 +2,8 @@
 
 Compaction deletes old entries while a node runs, and LMDB uses their pages again; but its file never gets smaller. Here
 all that is in use is written to a new file, page after page without gaps. When that is synced and was checked, it takes
-the place of the old one by a rename, which is atomic: a kill at any moment leaves the old file or the new one.
+the place of the old one by a rename, which is atomic: a kill at any moment leaves the old file or the new one. The
+`tail` of the log stays as it is: what LMDB says of it is copied with all the rest.
 """
 
 from __future__ import annotations

@@ -1,23 +1,25 @@
-"""The store: everything that a node must not forget, in one LMDB environment. Layer 2.
+"""The store: everything that a node must not forget, in one LMDB environment and the tail of its log. Layer 2.
 
 **On disk** (`records` has the bytes, `environment` the files): `log` holds every entry under its commit_id; those
 above the stored commit_id are *staged*. `committed` holds the namespaces as of exactly that commit_id; of the keys from
 one on, while the fact `behind` says so, as of an earlier one (`namespaces`). `meta` holds the format, the node's id and
 address, the cluster's id, the ballot, the commit_id, where the kept log begins, the memberships, and what this node
-remembers of the promises of the others (`consensus.witness`).
+remembers of the promises of the others (`consensus.witness`). The newest entries may be in a file beside it instead of
+in `log`, until the next transaction (`tail`): nothing else was written since then.
 
 **Who uses it**: one thread writes, the one that runs `Election.cycle` (or, without an election, the caller of `put`).
-Once a node is made, `write` is the only transaction: ballot, cut and new entries; and effects of what has committed
-with commit_id and the fact `behind`, together, so that no crash can part them. Effects are applied in memory first
-(`apply`). They wait until many have collected, so that a page that several of them change is written once; they lose
-nothing by waiting, as they are in the log of a majority, and a restart carries out again what the disk is behind with
-and, once it is known to be committed, what is above the commit_id on disk.
+Once a node is made, `write` is the only transaction: ballot, cut and new entries, with those of the tail; and effects
+of what has committed with commit_id and the fact `behind`, together, so that no crash can part them. `extend_tail` is
+the other way to the disk, for new entries when there are few of them and nothing else. Effects are applied in memory
+first (`apply`). They wait until many have collected, so that a page that several of them change is written once; they
+lose nothing by waiting, as they are in the log of a majority, and a restart carries out again what the disk is behind
+with and, once it is known to be committed, what is above the commit_id on disk.
 
 **Recovery** needs nobody: take the directory's lock, sync (what is visible must be durable before anything is said of
 it), check the format, whose node it is, that the log has no hole and that its end matches its checksums, load the
-ballot and the memberships, and go on. Entries above commit_id are still staged; a leader commits them or cuts them.
-What does not match its checksum is reported and never passed over: the node does not start, rather than vote with a
-shorter log, and says the command that repairs it from the other members (`repair`).
+ballot and the memberships, take over what the tail has, and go on. Entries above commit_id are still staged; a leader
+commits them or cuts them. What does not match its checksum is reported and never passed over: the node does not start,
+rather than vote with a shorter log, and says the command that repairs it from the other members (`repair`).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ import lmdb
 import msgspec
 from msgspec import UNSET
 
-from raftnode import primary, records
+from raftnode import primary, records, tail
 from raftnode.cache import Cache
 from raftnode.compaction import Retention
 from raftnode.config import Settings
@@ -43,7 +45,7 @@ from raftnode.consensus.membership import Membership, cluster_id
 from raftnode.consensus.transfer import Incoming
 from raftnode.consensus.witness import Witness
 from raftnode.environment import RESTORE, Environment, MemoryDirectory
-from raftnode.errors import ConfigError, StoreDamaged, StoreForeign, StoreOwned, StoreTooNew
+from raftnode.errors import ConfigError, StoreDamaged, StoreFailed, StoreForeign, StoreOwned, StoreTooNew
 from raftnode.messages import (
     GENESIS,
     Entry,
@@ -65,6 +67,7 @@ from raftnode.states import States
 
 Finder: TypeAlias = Callable[[bytes], records.Record | None]
 STORE_TYPES: Final = ("memory", "database")
+_NO_FURTHER: Final = "This node does not go on, as it might vote or acknowledge on a wrong log"
 
 
 def _first_facts(node_id: str | None) -> dict[bytes, bytes]:
@@ -112,7 +115,7 @@ class Store:
         self.namespaces = Namespaces()
         self._cache = Cache(self.settings.cache_bytes)
         self.syncs = 0
-        """Transactions written since the start."""
+        """Times that something was written and synced since the start."""
         self.trackers: list[Callable[[bytes], object]] = []
         """Called with the store key of each value that `apply` changes: for what a snapshot has to send again."""
         self.has_leftover = False
@@ -123,6 +126,7 @@ class Store:
         self._room = (float("inf"), 0)
         self._written_bytes = 0
         self._retention = Retention(self.settings, self._log)
+        self._tail = tail.Tail(self._env.path, self.is_durable)
         self.waiting_bytes = 0
         """Size of the commands that were carried out since the last flush began."""
         try:
@@ -142,7 +146,12 @@ class Store:
             self._check_format(txn)
             self._load_facts(txn)
             base, last = self._check_log(txn)
+        entries = self._look_at_tail(last)
+        if entries:
+            last = Mark(entries[-1].id, entries[-1].checksum)
+        self._check_term(last)
         self._env.claim(self.node_id)
+        self._begin_tail(entries)
         self.journal = Journal(self, base, last, self._memberships)
         self._resume_flush()
 
@@ -177,6 +186,10 @@ class Store:
         self.commit_id_on_disk = self.commit_id  # what is above was applied in memory
         self.behind: Behind | None = self._fact(txn, b"behind", Behind | None)
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
+        tail_fact: tail.TailFact | None = self._fact(txn, b"tail", tail.TailFact)
+        if tail_fact is None and self.cluster_id is not None and self._on_disk[b"format"] == records.FORMAT:
+            raise StoreDamaged(f"{self.data_dir} does not say whether it has a tail. {RESTORE}")
+        self._tail_fact = tail_fact or tail.TailFact()
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
         self.has_leftover = self._find_leftover(txn)
@@ -215,11 +228,51 @@ class Store:
         last = base
         for entry in self._scan(txn, base, max(base.id.commit_id + 1, self.commit_id), newest):
             last = Mark(entry.id, entry.checksum)
-        if last.id.term > self.ballot.term:
-            raise StoreDamaged(
-                f"entry {newest} has term {last.id.term}, but the ballot only {self.ballot.term}", newest
-            )
         return base, last
+
+    def _look_at_tail(self, last: Mark) -> list[Entry]:
+        """What was in the tail when the node ended, each entry checked: they follow `last`, the newest in LMDB."""
+        try:
+            found = tail.look(self.data_dir, self._tail_fact, last.id.commit_id)
+        except OSError as error:
+            raise StoreFailed(f"{self.data_dir / records.TAIL_FILE} can't be read: {error}. Check the disk") from error
+        if found.damage:
+            raise StoreDamaged(
+                f"{self.data_dir}: {'; '.join(found.damage)}. {_NO_FURTHER}. {self._how_to_repair()}",
+                last.id.commit_id + 1,
+            )
+        entries, checksum = [], last.checksum
+        for commit_id, record in found.records.items():
+            entry = self._unpack(commit_id, record)
+            checksum = chain(checksum, entry.term, commit_id, entry.time, entry.command)
+            if checksum != entry.checksum:
+                raise self._damaged_entry(commit_id)
+            entries.append(entry)
+        return entries
+
+    def _begin_tail(self, entries: Sequence[Entry]) -> None:
+        """Take over the entries that are in the tail, and begin another generation of it; the file is made while LMDB
+        says that it is not in use."""
+        before = self._tail_fact
+        fits = before.bytes == tail.file_size(self.settings.tail_bytes)
+        fact = before.next if fits else before.retired
+        if entries or (before.bytes and not fits):
+            with self._env.write() as txn:
+                self._append(txn, entries)
+                txn.put(b"tail", records.pack_meta(b"tail", fact), db=self._meta)
+            self._on_disk[b"tail"] = fact
+        try:
+            if fits:
+                self._tail.go_on(fact)
+            else:
+                self._tail.make(self.settings.tail_bytes, fact.generation + 1)
+        except OSError as error:
+            raise self._env.fail(error, records.TAIL_FILE) from error
+
+    def _check_term(self, last: Mark) -> None:
+        commit_id, term = last.id.commit_id, last.id.term
+        if term > self.ballot.term:
+            raise StoreDamaged(f"entry {commit_id} has term {term}, but the ballot only {self.ballot.term}", commit_id)
 
     # --- founding ---
 
@@ -323,19 +376,24 @@ class Store:
             yield entry
 
     def _entry(self, txn: lmdb.Transaction, commit_id: int) -> Entry:
+        if (entry := self._tail.entry(commit_id)) is not None:
+            return entry
         stored = txn.get(records.log_key(commit_id), db=self._log)
         if stored is None:
             raise self._damaged_entry(commit_id)
+        return self._unpack(commit_id, bytes(stored))
+
+    def _unpack(self, commit_id: int, record: bytes) -> Entry:
         try:
-            return records.unpack_entry(commit_id, bytes(stored))
+            return records.unpack_entry(commit_id, record)
         except StoreDamaged as error:
             raise self._damaged_entry(commit_id) from error
 
     def _damaged_entry(self, commit_id: int) -> StoreDamaged:
         """What to say of a log entry that does not match its checksum."""
         return StoreDamaged(
-            f"log entry {commit_id} in {self.data_dir} is damaged: it does not match its checksum. This node does not "
-            f"go on, as it might vote or acknowledge on a wrong log. {self._how_to_repair()}",
+            f"log entry {commit_id} in {self.data_dir} is damaged: it does not match its checksum. "
+            f"{_NO_FURTHER}. {self._how_to_repair()}",
             commit_id,
         )
 
@@ -456,14 +514,16 @@ class Store:
         if ballot is not None:
             self.ballot = ballot
         self.end_view()
-        unwritten = self.journal.unwritten()
+        unwritten, entries = self.journal.unwritten(), self._tail.take()
         with self._env.write() as txn:
-            if unwritten.cut_from is not None:
-                self._cut(txn, unwritten.cut_from)
-            size = self._append(txn, unwritten.entries)
+            if (cut_from := unwritten.cut_from) is not None:
+                entries = [entry for entry in entries if entry.commit_id < cut_from]
+                self._cut(txn, cut_from)
+            entries += unwritten.entries
+            size = self._append(txn, entries)
             changes = self._leave(None if chunk is not None else keys)
             self._put_effects(txn, changes)
-            self._compact(txn, max(len(unwritten.entries), len(changes)), size)
+            self._compact(txn, max(len(entries), len(changes)), size)
             has_installed = chunk is not None and self._take_chunk(txn, chunk)
             if self.has_leftover or chunk is not None or self.incoming is not self._incoming_seen:
                 self.has_leftover = self._find_leftover(txn) and self.states.sweep(txn)
@@ -475,6 +535,41 @@ class Store:
             self._cache.clear()
         self.journal.mark_written()
         return has_installed
+
+    @property
+    def entries_in_tail(self) -> int:
+        """How many entries the next transaction takes over from the tail."""
+        return len(self._tail.entries)
+
+    def extend_tail(self) -> bool:
+        """Make the new entries durable in the tail, if they are few and all else is on disk as it is in memory, but for
+        effects that may wait. False when it takes a transaction, and nothing was done. Raises StoreFailed; the node
+        must stop then."""
+        unwritten = self.journal.unwritten()
+        entries = unwritten.entries
+        if not entries or unwritten.cut_from is not None:
+            return False
+        size = records.ENTRY_HEAD_BYTES * len(entries) + sum([len(entry.command) for entry in entries])
+        if size > self.settings.tail_write_bytes or not self._tail.has_room(size, len(entries)) or self._new_facts():
+            return False
+        self._env.check()
+        try:
+            self._tail.append(entries)
+        except BaseException as error:
+            failure = self._env.fail(error, records.TAIL_FILE)
+            if isinstance(error, OSError):
+                raise failure from error
+            raise
+        self.syncs += 1
+        self.journal.mark_written()
+        return True
+
+    def finish(self) -> None:
+        """Before a clean end: bring all that waits into LMDB, and have it say that the tail is not in use, so that the
+        data file alone has everything. What is appended after that takes a transaction. Raises StoreFailed."""
+        self._tail.retire()
+        if self.has_effects or self.journal.has_unwritten or self._new_facts():
+            self.write()
 
     def _leave(self, keys: int | None) -> Changes:
         """The changes that go to the disk with this transaction, at most so many; `commit_id_on_disk` and `behind` are
@@ -548,6 +643,13 @@ class Store:
 
     def _put_facts(self, txn: lmdb.Transaction) -> dict[bytes, object]:
         """Write the facts that are not on disk as they are now; returns them."""
+        changed, db = self._new_facts(), self._meta
+        for name, fact in changed.items():
+            txn.put(name, records.pack_meta(name, fact), db=db)
+        return changed
+
+    def _new_facts(self) -> dict[bytes, object]:
+        """Those that are not on disk as they are now."""
         now: dict[bytes, object] = {
             b"format": records.FORMAT,
             b"node": self.node_id,
@@ -561,12 +663,10 @@ class Store:
             records.STATE_FACT: self.states.current.decode(),
             b"incoming": self.incoming,
             b"witnesses": self.witnesses,
+            b"tail": self._tail.fact,
         }
-        on_disk, db = self._on_disk.get, self._meta
-        changed = {name: fact for name, fact in now.items() if on_disk(name) != fact}
-        for name, fact in changed.items():
-            txn.put(name, records.pack_meta(name, fact), db=db)
-        return changed
+        on_disk = self._on_disk.get
+        return {name: fact for name, fact in now.items() if on_disk(name) != fact}
 
     def _fact(self, txn: lmdb.Transaction, name: bytes, type: Any) -> Any:
         """A fact from disk; None when there is none yet."""
@@ -599,6 +699,7 @@ class Store:
     def close(self) -> None:
         """Close; a memory store is gone then. What was not written is not lost: nobody was told of it."""
         self.end_view()
+        self._tail.close()
         self._env.close()
         if self._memory is not None:
             self._memory.remove()

@@ -174,6 +174,7 @@ def test_it_has_what_a_flush_has_not_taken_to_the_disk(tmp_path: Path) -> None:
     numbers, those that are on disk and those that are not, and counts them right; a directory that is restored from it
     is in the middle of nothing."""
     slow = {**FAST, "RAFTNODE_FLUSH_DELAY_MS": "100000", "RAFTNODE_FLUSH_ENTRIES": "60", "RAFTNODE_FLUSH_STEP": "1"}
+    slow["RAFTNODE_TAIL_WRITE_BYTES"] = "1"  # each put has a transaction, which takes a key along
     address, told = free_address(), Told()
     with running(address, tmp_path / "node", {**slow, "RAFTNODE_SNAPSHOT_CHUNK_BYTES": "300"}) as node:
         with node.client() as client:

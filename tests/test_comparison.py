@@ -347,6 +347,7 @@ def test_verify_finds_every_kind_of_damage(made: Made, tmp_path: Path, what: str
     no other, the first bad entry is named, and the exit status is 4; nothing in the directory has changed."""
     damage, checks, first_bad = DAMAGES[what]
     (path,) = copied(made, tmp_path, "loner")
+    Store("database", path).close()  # LMDB has the newest entries then (those in the tail: `test_inspector_tail`)
     last = len(log_of(path))
     damage(path)
     before = (path / records.DATA_FILE).read_bytes()

@@ -130,12 +130,14 @@ def log_of(node: NodeProcess) -> list[Entry]:
 
 
 @contextlib.contextmanager
-def failing(node: NodeProcess, *faults: str) -> Iterator[Path]:
-    """strace, attached to a live node, makes its calls fail: `call:error=EIO:when=1`, for example. Gives the file with
-    the calls; detached in the end, if the node still lives then."""
+def failing(node: NodeProcess, *faults: str, file: str = "") -> Iterator[Path]:
+    """strace, attached to a live node, makes its calls fail: `call:error=EIO:when=1`, for example; only those that
+    concern a `file` of its directory, if one is named. Gives the file with the calls; detached in the end, if the node
+    still lives then."""
     trace = node.volume.with_suffix(".trace")
     calls = ",".join(fault.partition(":")[0] for fault in faults)
     options = [word for fault in faults for word in ("-e", f"inject={fault}")]
+    options += ["-P", str(node.volume / file)] if file else []
     command = ["strace", "-f", "-o", str(trace), "-e", f"trace={calls}", *options, "-p", str(node.pid)]
     strace = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
@@ -168,13 +170,15 @@ class UnderStrace(NodeProcess):
         return ["strace", "-f", "-o", os.devnull, "-e", f"trace={calls}", *options, *super().command]
 
 
-def strike(cluster: ClusterOfProcesses, writers: Writers, role: str, fault: str) -> str:
-    """One call of a node fails: it ends, the others go on, and it comes back by a plain start. Returns the call."""
+def strike(cluster: ClusterOfProcesses, writers: Writers, role: str, file: str, fault: str) -> str:
+    """One call of a node fails that concerns a file: it ends, the others go on, and it comes back by a plain start.
+    Returns the call."""
     node = one_of(cluster, role)
     mark = node.mark()
-    with failing(node, fault) as trace:
+    with failing(node, fault, file=file) as trace:
         words = last_words(node, mark)
-    assert f"writing to {node.volume / records.DATA_FILE} failed: mdb_txn_commit: " in words
+    by_whom = "mdb_txn_commit: " if file == records.DATA_FILE else "[Errno "
+    assert f"writing to {node.volume / file} failed: {by_whom}" in words
     assert ("Input/output error" if "EIO" in fault else "No space left on device") in words
     assert "Nothing that depends on this write was acknowledged" in words
     assert "start the node again" in words
@@ -186,10 +190,10 @@ def strike(cluster: ClusterOfProcesses, writers: Writers, role: str, fault: str)
 
 
 def strike_meta_page(cluster: ClusterOfProcesses, writers: Writers, role: str, error: str) -> None:
-    """The write that commits fails: the last of a transaction, after the sync. A node is mostly in a sync when strace
-    attaches, so it is often the first write after that, but not always."""
-    for _ in range(25):
-        call = strike(cluster, writers, role, f"pwrite64:error={error}:when=1")
+    """The write that commits fails: the last of a transaction, after the sync. How many data pages are written one by
+    one before it differs."""
+    for when in range(2, 32):
+        call = strike(cluster, writers, role, records.DATA_FILE, f"pwrite64:error={error}:when={1 + when % 5}")
         if f", {_META_BYTES}, " in call:
             return
     pytest.fail("the write of the meta page was never hit")
@@ -198,7 +202,7 @@ def strike_meta_page(cluster: ClusterOfProcesses, writers: Writers, role: str, e
 EVERY_CALL: Final = [
     f"{role} {call} {error}"
     for role in ("leader", "follower")
-    for call in ("fdatasync", "pwrite64", "meta")
+    for call in ("fdatasync", "pwrite64", "meta", "tail")
     for error in ("EIO", "ENOSPC")
 ]
 
@@ -207,21 +211,24 @@ EVERY_CALL: Final = [
 @pytest.mark.parametrize(
     "faults",
     [
-        pytest.param(["leader fdatasync ENOSPC", "follower meta EIO"], id="some"),
+        pytest.param(["leader fdatasync ENOSPC", "follower meta EIO", "leader tail EIO"], id="some"),
         *(pytest.param([fault], marks=[long, pytest.mark.timeout(300)], id=fault) for fault in EVERY_CALL),
     ],
 )
 def test_a_call_that_fails_once(cluster: ClusterOfProcesses, book: Book, faults: list[str]) -> None:
     """After a failed write or sync nobody knows what is on the disk, and asking again proves nothing (TRAPS, LMDB): one
-    failure, of the sync, of a data page or of the page that commits, ends a live node with status 3 and one line with
-    what to do. The cluster goes on under load; started again, the node continues and catches up."""
+    failure, of the sync, of a data page, of the page that commits or of the tail of the log, ends a live node with
+    status 3 and one line with what to do. The cluster goes on under load; started again, the node continues and catches
+    up."""
     with load(cluster, book, "once") as writers:
         for fault in faults:
             role, call, error = fault.split()
             if call == "meta":
                 strike_meta_page(cluster, writers, role, error)
+            elif call == "tail":
+                strike(cluster, writers, role, records.TAIL_FILE, f"pwrite64:error={error}:when=1")
             else:
-                strike(cluster, writers, role, f"{call}:error={error}:when=1")
+                strike(cluster, writers, role, records.DATA_FILE, f"{call}:error={error}:when=1")
 
 
 @needs_strace
@@ -250,7 +257,8 @@ def test_a_disk_that_never_syncs_again(cluster: ClusterOfProcesses, book: Book) 
 
 
 @needs_strace
-def test_a_sync_that_hangs(cluster: ClusterOfProcesses, book: Book) -> None:
+@pytest.mark.parametrize("call", ["fdatasync", "tail"])
+def test_a_sync_that_hangs(cluster: ClusterOfProcesses, book: Book, call: str) -> None:
     """A disk that hangs for longer than the election timeout is a gray failure (TRAPS 19). On a follower nobody
     notices: no new term. On the leader: the others elect another one and writes go on while it hangs; when its sync
     returns, it steps down before it says anything, says that the sync was slow, and follows. No process ends."""
@@ -259,7 +267,8 @@ def test_a_sync_that_hangs(cluster: ClusterOfProcesses, book: Book) -> None:
         for role in ("follower", "leader"):
             node, term = one_of(cluster, role), cluster.term()
             mark = node.mark()
-            with failing(node, f"fdatasync:delay_enter={int(hang_s * 1e6)}:when=1"):
+            name, file = ("pwrite64", records.TAIL_FILE) if call == "tail" else (call, records.DATA_FILE)
+            with failing(node, f"{name}:delay_enter={int(hang_s * 1e6)}:when=1", file=file):
                 others = cluster.others(node)
                 if role == "leader":
                     wait_until(
@@ -473,7 +482,7 @@ def test_a_file_system_that_turns_read_only(tmp_path: Path) -> None:
         with load(cluster, book, "read-only") as writers:
             mount("-o", "remount,abort", str(where))
             words = last_words(node, mark)
-            assert f"writing to {node.volume / records.DATA_FILE} failed: " in words
+            assert re.search(rf"writing to {node.volume}/raftnode\.(mdb|tail) failed: ", words)
             writers.await_more(10, explain=cluster.describe)
             mark = node.mark()
             words = last_words(node.start(), mark)

@@ -11,12 +11,13 @@ hold.
 from __future__ import annotations
 
 import concurrent.futures
+import itertools
 import logging
 import queue
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -186,6 +187,9 @@ class Bench:
         """What happens while the disk syncs."""
         self._write = self.store.write
         self.store.write = self._noted_write  # type: ignore[method-assign]
+        self._extend, self._append = self.store.extend_tail, self.store._tail.append
+        self.store.extend_tail = self._noted_extend  # type: ignore[method-assign]
+        self.store._tail.append = self._noted_append  # type: ignore[method-assign]
 
     def _noted_write(
         self, ballot: Ballot | None = None, chunk: Snapshot | None = None, keys: int | None = None
@@ -193,9 +197,22 @@ class Bench:
         self.events.append(WRITE)
         self.in_write()
         has_installed = self._write(ballot, chunk, keys)
+        self._note_written()
+        return has_installed
+
+    def _noted_append(self, entries: Sequence[Entry]) -> None:
+        self.events.append(WRITE)
+        self.in_write()
+        self._append(entries)
+
+    def _noted_extend(self) -> bool:
+        if has_written := self._extend():
+            self._note_written()
+        return has_written
+
+    def _note_written(self) -> None:
         self.on_disk = (self.store.ballot, self.store.journal.written)
         self.events.append(WRITTEN)
-        return has_installed
 
     def check(self, arrival: Arrival | None, message: Any) -> None:
         """Whatever goes out promises nothing that is not so (rules 1 and 2 of TRAPS)."""
@@ -764,10 +781,28 @@ def test_no_view_of_the_disk_outlives_a_turn(bench: Bench) -> None:
     assert views() == []
 
 
+def test_effects_wait_for_a_transaction(make: Make) -> None:
+    """While entries go to the tail of the log, effects wait, however many have collected: the transaction that takes
+    the tail over when it is full has the first of them with it."""
+    bench = make(flush_entries=2, tail_bytes=4 * 4096)
+    bench.lead()
+    on_disk, transactions = [], []
+    for n in range(11):
+        bench.ask(put("k", b"%d" % n))
+        before = bench.store._tail.fact
+        assert bench.turn().count(WRITTEN) == 1
+        transactions.append(bench.store._tail.fact != before)
+        bench.acknowledge()
+        on_disk.append(bench.store.commit_id_on_disk)
+    assert transactions == [n % 5 == 3 for n in range(11)], "four fill the tail, the leader's no-op first"
+    assert [before != after for before, after in itertools.pairwise([0, *on_disk])] == transactions
+
+
 def test_effects_wait_for_more_of_them(make: Make) -> None:
     """Entries go to the disk in the turn in which they are sent; their effects, and with them the commit_id on disk,
-    go along with some of them, when so many have collected, or alone after a while."""
-    bench = make(flush_entries=8, flush_delay_ms=100)
+    go along with some of them, when so many have collected, or alone after a while. (Each turn has its transaction
+    here, as the tail of the log is off.)"""
+    bench = make(flush_entries=8, flush_delay_ms=100, tail_write_bytes=1)
     bench.lead()
     on_disk: list[int] = []
     for n in range(16):
@@ -915,14 +950,18 @@ def test_a_failed_write_ends_the_node(tmp_path: Path) -> None:
     at any time.)"""
     node = live(data_dir=tmp_path)
     node.put("k", 1)
-    write = node.store.write
+    write, extend_tail = node.store.write, node.store.extend_tail
 
-    def fail(*what: Any) -> bool:
-        if node.store.journal.has_unwritten:
-            raise StoreFailed("the disk is gone")
-        return write(*what)
+    def failing(real: Callable[..., bool]) -> Callable[..., bool]:
+        def fail(*what: Any, **more: Any) -> bool:
+            if node.store.journal.has_unwritten:
+                raise StoreFailed("the disk is gone")
+            return real(*what, **more)
 
-    node.store.write = fail  # type: ignore[method-assign]
+        return fail
+
+    node.store.write = failing(write)  # type: ignore[method-assign]
+    node.store.extend_tail = failing(extend_tail)  # type: ignore[method-assign]
     with pytest.raises(NotCommitted):
         node.put("k", 2)
     with pytest.raises(StoreFailed, match="the disk is gone"):

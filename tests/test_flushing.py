@@ -21,6 +21,7 @@ class Effects:
     commit_id_on_disk: int = 0
     waiting_bytes: int = 0
     has_leftover: bool = False
+    entries_in_tail: int = 0
     behind: Behind | None = None
     namespaces: Namespaces = field(default_factory=Namespaces)
 
@@ -85,6 +86,24 @@ def test_no_transaction_takes_many_and_none_are_left_when_as_many_have_come(batc
     assert begun == list(range(10_000, 60_000, 10_000))
     assert largest <= 1.25 * batch + 16
     assert waiting <= 20_000
+
+
+def test_they_keep_up_with_what_comes_by_the_tail() -> None:
+    """A slow client's entries go to the tail, and there is a transaction for 64 of them only: its effects are on disk
+    before as many entries have come again, and do not wait for the many that `flush_entries` allows."""
+    store = Effects()
+    found = flushing(store, flush_delay_ms=50, flush_step=16)
+    store.apply(1000)
+    found.due(now=0)
+    assert found.along(now=0.9) == 0, "they may wait for a second"
+    store.entries_in_tail, transactions = 64, 0
+    while not transactions or store.behind:
+        keys = found.along(now=1.1)
+        assert keys == 80
+        store.write(keys)
+        store.apply(64)
+        transactions += 1
+    assert transactions * 64 <= 1000
 
 
 def test_many_bytes_do_not_wait() -> None:

@@ -434,17 +434,19 @@ def test_nothing_is_written(story: Path) -> None:
 
 
 def test_read_only_copy(story: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A copy of the data file alone, in a directory where this user may write nothing: everything can be read, and
-    not even LMDB's table of readers appears beside it. Root is let in everywhere, so root is told no in its place."""
+    """A copy of the data file and its tail alone, in a directory where this user may write nothing: everything can be
+    read, and not even LMDB's table of readers appears beside them. Root is let in everywhere, so root is told no in its
+    place."""
     (story / "raftnode.mdb-lock").unlink()
     (story / records.LOCK_FILE).unlink()
     (story / records.DATA_FILE).chmod(0o400)
+    (story / records.TAIL_FILE).chmod(0o400)
     story.chmod(0o500)
     if os.geteuid() == 0:
         monkeypatch.setattr(os, "access", lambda *_arguments, **_named: False)
     for command in ("log", "commits", "state", "info"):
         assert inspect(command, story).exit_code == 0
-    assert [path.name for path in story.iterdir()] == [records.DATA_FILE]
+    assert {path.name for path in story.iterdir()} == {records.DATA_FILE, records.TAIL_FILE}
     story.chmod(0o700)
 
 

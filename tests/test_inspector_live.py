@@ -298,7 +298,8 @@ def test_another_copy_in_its_place(tmp_path: Path) -> None:
     def replace(count: int, prefix: str) -> None:
         aside = tmp_path / prefix
         aside.mkdir()
-        (aside / records.DATA_FILE).write_bytes(file.read_bytes())
+        for name in (records.DATA_FILE, records.TAIL_FILE):
+            (aside / name).write_bytes((tmp_path / "d" / name).read_bytes())
         store = Store("database", aside)
         stage(store, 3, *(f"{prefix}{n}" for n in range(count)))
         store.commit("default")

@@ -15,7 +15,7 @@ PACKAGE = Path(raftnode.__file__).parent
 LAYERS: dict[str, set[str]] = {
     "0 facts": {"config", "errors", "messages", "version"},
     "1 pure": {"cache", "consensus", "framing", "mailbox", "namespaces", "records", "replay"},
-    "2 store": {"compaction", "environment", "primary", "states", "store"},
+    "2 store": {"compaction", "environment", "primary", "states", "store", "tail"},
     "2 transport": {"blocking", "connections", "passes", "streams", "transport"},
     "2 log": {"log"},
     "3 driver": {"backups", "election", "flushing", "handshake", "members", "requests", "snapshots"},

@@ -284,6 +284,7 @@ def test_there_must_be_something_to_recover(left: Path, tmp_path: Path) -> None:
 def test_a_damaged_directory_is_repaired_first(left: Path) -> None:
     """A flipped byte in the newest entry: recovering would found a cluster on it."""
     newest = inspect(left, "log", "--tail", "1")[0]["commit_id"]
+    Store("database", left).close()  # LMDB has it then, and not the tail (that: `test_repair_tail`)
     with lmdb.open(str(left / records.DATA_FILE), subdir=False, max_dbs=16, map_size=1 << 30) as env:
         log = env.open_db(records.LOG, create=False)
         with env.begin(write=True) as txn:

@@ -17,12 +17,32 @@ import pytest
 
 from raftnode.testing import simulator
 from raftnode.testing.churn import KINDS as CHURN
-from raftnode.testing.faults import KINDS
+from raftnode.testing.faults import KINDS, TAIL_KINDS
 from raftnode.testing.simulator import Options, Simulation
 from raftnode.testing.world import World
 
 SIMULATE = Path(__file__).parent.parent / "tools" / "simulate.py"
 SEEDS = 200
+HAPPENED = (
+    "writes to the tail",
+    "writes of several entries to the tail",
+    "transactions that took a tail",
+    "ballots over a tail",
+    "cuts in a tail",
+    "compactions over a tail",
+    "compactions into a tail",
+    "snapshots over a tail",
+    "tails taken over by a start",
+    "tails with a torn record alone found by a start",
+    "deaths before a write to the tail",
+    "deaths in a write to the tail",
+    "deaths at the end of a write to the tail",
+    "deaths after a write to the tail",
+    "deaths while a tail was made",
+    "errors of the tail without a write",
+    "errors of the tail after a write",
+)
+"""What the seeds together must have reached of the tail."""
 
 
 def simulate(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProcess[str]:
@@ -36,14 +56,16 @@ def simulate(*arguments: str, hash_seed: str = "0") -> subprocess.CompletedProce
 @pytest.mark.timeout(600)
 def test_every_promise_is_kept_under_every_seed() -> None:
     """Whatever is lost, delayed, cut, killed, slow, full or jumps: nothing acknowledged is lost, every history is
-    linearizable, and once all is mended the cluster comes to rest and serves. Every kind of fault took part, and from
-    seed 100 on members came and went, and disks were lost."""
+    linearizable, and once all is mended the cluster comes to rest and serves. Every kind of fault took part, all that
+    can happen to the tail of a log did, and from seed 100 on members came and went, and disks were lost."""
     run = simulate("--seeds", str(SEEDS))
     assert run.returncode == 0, run.stdout + run.stderr
     assert f"{SEEDS} seeds" in run.stdout
     assert "every promise was kept" in run.stdout
-    for kind in (*KINDS, *CHURN):
+    for kind in (*KINDS, *TAIL_KINDS, *CHURN):
         assert f" {kind}" in run.stdout, f"no seed had the fault {kind}"
+    for what in HAPPENED:
+        assert f" {what}" in run.stdout, f"no seed had {what}"
 
 
 @pytest.mark.parametrize("seed", [3, 17, 142])

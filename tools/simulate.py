@@ -49,6 +49,7 @@ class Total(Struct):
     snapshots: int = 0
     operations: Counter[str] = Counter()
     faults: Counter[str] = Counter()
+    happened: Counter[str] = Counter()
 
     def add(self, result: Result) -> None:
         self.seeds += 1
@@ -63,6 +64,7 @@ class Total(Struct):
         self.snapshots += report.snapshots
         self.operations = self.operations + report.operations
         self.faults = self.faults + report.faults
+        self.happened = self.happened + report.happened
 
     def lines(self) -> Iterator[str]:
         """The figures, for people."""
@@ -76,6 +78,7 @@ class Total(Struct):
         yield f"{sum(self.faults.values()):,} faults: " + ", ".join(
             f"{n} {kind}" for kind, n in self.faults.most_common()
         )
+        yield "disks: " + ", ".join(f"{n:,} {kind}" for kind, n in self.happened.most_common())
         if self.failed:
             yield f"FAILED: {len(self.failed)} of {self.seeds} seeds: {' '.join(map(str, sorted(self.failed)))}"
         else:

@@ -1,4 +1,5 @@
-"""What goes wrong in a simulation, and when: each kind of fault is a method of `Faults`, with its weight in `KINDS`."""
+"""What goes wrong in a simulation, and when: each kind of fault is a method of `Faults`, with its weight in `KINDS` or
+`TAIL_KINDS`."""
 
 from __future__ import annotations
 
@@ -40,6 +41,13 @@ KINDS: Final[dict[str, float]] = {
     "wall_clock_jump": 0.5,
 }
 """How often each kind happens, against the others."""
+TAIL_KINDS: Final[dict[str, float]] = {
+    "crash_in_tail": 3.0,
+    "crash_in_start": 1.0,
+    "tail_fails": 1.0,
+    "oversleep": 2.0,
+}
+"""The same for what meets the tail of the log, which came later."""
 
 
 class Faults:
@@ -79,7 +87,8 @@ class Faults:
         self._fabric.heal_all()
         for node in self._nodes.values():
             node.slow_disk, node.room = 0.0, AMPLE
-            node.crash_at, node.write_fault = None, None
+            node.crash_at, node.tears, node.dies_in_start = None, False, False
+            node.write_fault = node.tail_fault = None
             node.set_clock_rate(1.0)
             if not node.is_up:
                 node.start()
@@ -113,14 +122,29 @@ class Faults:
             return max(leaders, key=lambda node: node.raft.term)
         return self._chance.choice(up) if up else None
 
-    def _start_later(self, node: SimulatedNode) -> None:
+    def _start_later(self, node: SimulatedNode, then: Callable[[], object] = lambda: None) -> None:
         def start() -> None:
             if not node.is_up and not node.is_uninvited:
                 node.start()
-                if not node.is_up:
-                    self._start_later(node)
+                if node.is_up:
+                    then()
+                else:
+                    self._start_later(node, then)
 
         self._later(start)
+
+    def _await_death(
+        self, node: SimulatedNode, is_due: Callable[[], object], then: Callable[[], object] = lambda: None
+    ) -> None:
+        """The node dies at its next write, while that is due; it is started again some time after that."""
+
+        def look() -> None:
+            if not node.is_up:
+                self._start_later(node, then)
+            elif is_due() and not self._has_ended:
+                self._world.after(self._span / 4, look)
+
+        look()
 
     # --- processes ---
 
@@ -131,11 +155,11 @@ class Faults:
             self._start_later(node)
 
     def crash_before_write(self) -> None:
-        """kill -9 in a turn, before its transaction: what may go out before it has gone out."""
+        """kill -9 in a turn, before its write: what may go out before it has gone out."""
         self._crash_at(CrashPoint.BEFORE_WRITE)
 
     def crash_after_write(self) -> None:
-        """kill -9 in a turn, after its transaction: nobody has been told."""
+        """kill -9 in a turn, after its write: nobody has been told."""
         self._crash_at(CrashPoint.AFTER_WRITE)
 
     def _crash_at(self, point: CrashPoint) -> None:
@@ -144,14 +168,28 @@ class Faults:
         if node is None:
             return
         node.crash_at = point
+        self._await_death(node, lambda: node.crash_at)
 
-        def look() -> None:
-            if not node.is_up:
-                self._start_later(node)
-            elif node.crash_at is not None and not self._has_ended:
-                self._world.after(self._span / 4, look)
+    def crash_in_tail(self) -> None:
+        """The power fails in the middle of a write to the tail; every second time once more after the restart, when
+        what is left of the first write may stand where the next one goes."""
+        if node := self._victim():
+            again = self._chance.random() < 0.5
+            self._tear(node, lambda: self._tear(node) if again else None)
 
-        look()
+    def _tear(self, node: SimulatedNode, then: Callable[[], object] = lambda: None) -> None:
+        node.tears = True
+        self._await_death(node, lambda: node.tears, then)
+
+    def crash_in_start(self) -> None:
+        """The power fails, and again in the start, which would have to take a tail over and make it anew."""
+        node = self._victim()
+        if node is not None and not node.store.has_tail:
+            node = next((node for node in self._nodes.values() if node.is_up and node.store.has_tail), node)
+        if node is not None:
+            node.crash()
+            node.dies_in_start = True
+            self._start_later(node)
 
     def crash_all(self) -> None:
         """The power fails everywhere."""
@@ -170,14 +208,13 @@ class Faults:
         """A transaction fails with an error; what is on disk then is one of two things, and the node can't know."""
         if node := self._victim():
             node.write_fault = self._chance.choice(list(WriteFault))
+            self._await_death(node, lambda: node.write_fault)
 
-            def look() -> None:
-                if not node.is_up:
-                    self._start_later(node)
-                elif node.write_fault is not None and not self._has_ended:
-                    self._world.after(self._span / 4, look)
-
-            look()
+    def tail_fails(self) -> None:
+        """The same with a write to the tail."""
+        if node := self._victim():
+            node.tail_fault = self._chance.choice(list(WriteFault))
+            self._await_death(node, lambda: node.tail_fault)
 
     def pause(self) -> None:
         """SIGSTOP, and SIGCONT later."""
@@ -185,6 +222,28 @@ class Faults:
         if node and not node.is_paused:
             node.pause()
             self._later(lambda: node.resume() if node.is_up and node.is_paused else None)
+
+    def oversleep(self) -> None:
+        """The leader has entries that only it has, and is stopped until another one leads. What it was sent meanwhile
+        is taken in one turn: the new term, and entries in the place of those that are in its tail."""
+        if (old := self._leader()) is None:
+            return
+        self._lose_entries(old.name, True)
+
+        def stop() -> None:
+            if self._has_ended:
+                return
+            self._lose_entries(old.name, False)
+            if old.is_up and not old.is_paused:
+                old.pause()
+                elections = old.settings.election_high_ms / 1000
+                self._world.after(elections * self._chance.uniform(1, 3), go_on)
+
+        def go_on() -> None:
+            if not self._has_ended and old.is_up and old.is_paused:
+                old.resume()
+
+        self._world.after(2 * old.settings.heartbeat_ms / 1000 * self._chance.random(), stop)
 
     # --- paths ---
 

@@ -616,14 +616,15 @@ class ClusterOfProcesses:
         wait_until(has_it, f"{node.name} has committed {upto}", timeout, self.describe)
 
     def await_written(self, commit_id: int, nodes: Iterable[NodeProcess] | None = None) -> None:
-        """Wait until what the disks of these nodes (default: all) call committed goes up to `commit_id`. It follows a
-        moment after the commit: an acknowledged write is on a majority's disks as an entry of the log."""
+        """Wait until what the disks of these nodes (default: all) call committed goes up to `commit_id`, and the values
+        are as of then. They follow a moment after the commit: an acknowledged write is on a majority's disks as an
+        entry of the log."""
         directories = [node.volume for node in (self.nodes if nodes is None else nodes)]
 
         def are_written() -> bool:
             for directory in directories:
                 with Directory(directory, 1 << 36) as opened:
-                    if (opened.committed or 0) < commit_id:
+                    if (opened.committed or 0) < commit_id or opened.behind is not None:
                         return False
             return True
 

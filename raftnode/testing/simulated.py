@@ -1,5 +1,5 @@
 """One simulated node: the production election, requests, handshake, consensus and store, over LMDB files that survive
-its crashes, with a clock that can jump, a disk that can be slow, full or broken, and a death at any write.
+its crashes, with a clock that can jump, a disk that can be slow, full or broken, and a death at any write, or in it.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ import enum
 import itertools
 import random
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import lmdb
 
-from raftnode import records
+from raftnode import records, tail
 from raftnode.config import Role, Settings
 from raftnode.consensus.ballot import Ballot
 from raftnode.consensus.journal import Mark
@@ -39,6 +40,7 @@ from raftnode.messages import (
 )
 from raftnode.namespaces import Behind, Outcome
 from raftnode.store import Store
+from raftnode.tail import SECTOR, Tail, TailFact
 from raftnode.testing.fabric import Fabric, Session, SimulatedTransport, describe
 from raftnode.testing.invariants import Invariants
 from raftnode.testing.network import CrashPoint, Reads
@@ -57,7 +59,7 @@ class Crash(BaseException):
 
 
 class WriteFault(enum.Enum):
-    """How a write transaction fails for good; the node must stop."""
+    """How a write, in a transaction or to the tail, fails for good; the node must stop."""
 
     LOST = "lost"
     """The error is true: nothing is on disk."""
@@ -66,7 +68,8 @@ class WriteFault(enum.Enum):
 
 
 class Mirror:
-    """What is in a node's LMDB file, as last read from there, and what should be: the durable state for `Invariants`.
+    """What is in a node's LMDB file and its tail, as last read from there, and what should be: the durable state for
+    `Invariants`.
 
     Invariants: `entries[n]` has commit_id `n + 1`, and those up to `base` were on disk once, or are what others have
     committed there, if they came as a snapshot; `state` is what the entries up to `commit_id` make, worked out here and
@@ -85,6 +88,7 @@ class Mirror:
         self.before: dict[bytes, records.Record] = {}
         self.behind: Behind | None = None
         self._flushed: set[bytes] = set()  # the keys that this flush writes, or has written
+        self._in_database = 0  # the newest entry that was seen in LMDB's log; later ones were in the tail
         self._comparisons = 0
 
     @property
@@ -100,12 +104,13 @@ class Mirror:
         self,
         txn: lmdb.Transaction,
         db: Callable[[bytes], Any],
+        directory: Path,
         changed_from: int,
         history: Sequence[Entry],
         name: str,
     ) -> None:
-        """After a transaction, take over what is on disk: the facts, and the log from `changed_from` on. `history` is
-        all that was committed anywhere, which tells what a snapshot must be."""
+        """After a write, take over what is on disk: the facts, and the log from `changed_from` on. `history` is all
+        that was committed anywhere, which tells what a snapshot must be."""
         meta = db(records.META)
         self.incoming = _fact(txn, meta, b"incoming", Incoming) or Incoming()
         stored = txn.get(records.STATE_FACT, db=meta)
@@ -118,17 +123,24 @@ class Mirror:
         self.ballot = _fact(txn, meta, b"ballot", Ballot) or Ballot()
         self.membership = (_fact(txn, meta, b"memberships", list[Membership]) or [self.membership])[-1]
         commit_id: int = _fact(txn, meta, b"commit_id", int) or 0
+        first = max(min(changed_from, self._in_database + 1), base.id.commit_id + 1)
+        in_database, in_tail = _log(txn, db, directory, first, base, name)
+        on_disk = in_database + in_tail
+        known = [entry for entry in on_disk if entry.commit_id < changed_from]
+        before = self.entries[first - 1 : changed_from - 1]
+        assert known == before, f"what leaves the tail stays the same: {name} has {known}, had {before}"
         del self.entries[changed_from - 1 :]
         self.entries += history[changed_from - 1 : base.id.commit_id]  # compacted as soon as they were there
-        self.entries += _entries(txn, db(records.LOG), changed_from)
+        self.entries += on_disk[len(known) :]
+        self._in_database = first + len(in_database) - 1
         self._begin_after(base, name)
-        count, kept = txn.stat(db(records.LOG))["entries"], len(self.entries) - base.id.commit_id
+        count, kept = txn.stat(db(records.LOG))["entries"] + len(in_tail), len(self.entries) - base.id.commit_id
         assert count == kept, f"the log on disk has no rests: {name} has {count}, not {kept}"
         assert commit_id <= len(self.entries), f"applied entries are on disk: {name} lacks {commit_id}"
         self._follow_flush(_fact(txn, meta, b"behind", Behind | None), commit_id, name)
         self._comparisons += 1
         if has_installed or self._comparisons % FULL_CHECK_EVERY == 0:
-            self.compare(txn, db, name)
+            self.compare(txn, db, directory, name)
         else:
             self._compare_keys(txn, db(current), self._flushed, name)
 
@@ -167,10 +179,12 @@ class Mirror:
             assert base == Mark(entry.id, entry.checksum), f"the base is an entry: {name} has {base}, not {entry.id}"
         self.base = base
 
-    def compare(self, txn: lmdb.Transaction, db: Callable[[bytes], Any], name: str) -> None:
-        """Everything on disk is what it should be: the log that was seen last, and the state that it makes."""
-        on_disk, first = list(_entries(txn, db(records.LOG), 1)), self.base.id.commit_id
-        assert on_disk == self.entries[first:], f"the log on disk is the one that was written: {name}"
+    def compare(self, txn: lmdb.Transaction, db: Callable[[bytes], Any], directory: Path, name: str) -> None:
+        """Everything on disk is what it should be: the log that was seen last, wherever it is, and the state that it
+        makes."""
+        in_database, in_tail = _log(txn, db, directory, 1, self.base, name)
+        expected_log = self.entries[self.base.id.commit_id :]
+        assert in_database + in_tail == expected_log, f"the log on disk is the one that was written: {name}"
         keys = [bytes(key) for key in txn.cursor(db(self._current)).iternext(values=False)]
         expected = [key for key in sorted({*self.state, *self.before}) if self._expected(key) is not None]
         assert keys == expected, f"state equals log: {name} has the keys {keys}, not {expected}"
@@ -216,12 +230,109 @@ def _entries(txn: lmdb.Transaction, log: Any, first: int) -> Iterator[Entry]:
                 yield records.unpack_entry(records.position_of(bytes(key)), bytes(record))
 
 
+def _log(
+    txn: lmdb.Transaction, db: Callable[[bytes], Any], directory: Path, first: int, base: Mark, name: str
+) -> tuple[list[Entry], list[Entry]]:
+    """The log on disk, which begins after `base`: its entries from `first` on in LMDB, and all those in the tail."""
+    fact = _fact(txn, db(records.META), b"tail", TailFact) or TailFact()
+    log = db(records.LOG)
+    with txn.cursor(log) as cursor:
+        last = records.position_of(bytes(cursor.key())) if cursor.last() else base.id.commit_id
+    found = tail.look(directory, fact, last)
+    assert not found.damage, f"a crash is never taken for damage: {name}: {found.damage}"
+    follows = list(range(last + 1, last + 1 + len(found.records)))
+    assert list(found.records) == follows, f"the tail follows the log: {name} has {list(found.records)} after {last}"
+    in_tail = [records.unpack_entry(commit_id, record) for commit_id, record in found.records.items()]
+    return list(_entries(txn, log, first)), in_tail
+
+
+def _torn(old: bytes, new: bytes, chance: random.Random) -> bytes:
+    """What is in a place after a write that was cut off: each sector as it was, or as it should be."""
+    share = chance.choice([0.2, 0.5, 0.8])
+    return b"".join(
+        (new if chance.random() < share else old)[at : at + SECTOR].ljust(SECTOR, b"\0")
+        for at in range(0, len(new), SECTOR)
+    )
+
+
+def sectors_of(path: Path, generation: int) -> list[int]:
+    """The sectors of a tail that belong to a generation."""
+    content = path.read_bytes() if path.exists() else b""
+    generations = [int.from_bytes(content[at + 4 : at + 12]) for at in range(0, len(content), SECTOR)]
+    return [sector for sector, found in enumerate(generations) if found == generation]
+
+
+class SimulatedTail(Tail):
+    """The production tail; each write is an occasion for its node to die, also in the middle of it, or for its disk to
+    fail."""
+
+    def __init__(self, directory: Path, is_durable: bool, node: SimulatedNode) -> None:
+        super().__init__(directory, is_durable)
+        self._node = node
+        self.is_held = True
+        """What was appended last is in the file, and not a part of it."""
+
+    def make(self, size: int, generation: int) -> None:
+        """As `Tail.make`, if the node lives that long."""
+        node = self._node
+        if node.dies_in_start:
+            before = self._path.read_bytes() if self._path.exists() else b""
+            self._path.write_bytes(_torn(before, bytes(tail.file_size(size)), node.chance))
+            node.happened["deaths while a tail was made"] += 1
+            raise Crash
+        super().make(size, generation)
+
+    def go_on(self, fact: TailFact) -> None:
+        """As `Tail.go_on`, which begins with nothing: a sector that a torn record has left could make another torn
+        record of the same generation whole."""
+        super().go_on(fact)
+        left = sectors_of(self._path, self.fact.generation)
+        assert not left, f"a start leaves nothing of a torn record: {self._node.name} goes on over the sectors {left}"
+
+    def append(self, entries: Sequence[Entry]) -> None:
+        """As `Tail.append`; the death after it is that of the store."""
+        node = self._node
+        self.is_held = False
+        node.happened["deaths before a write to the tail"] += node.crash_at is CrashPoint.BEFORE_WRITE
+        node.before_write(len(entries))
+        fault, node.tail_fault = node.tail_fault, None
+        if fault is WriteFault.LOST:
+            node.happened["errors of the tail without a write"] += 1
+            raise OSError(f"simulated: Input/output error ({fault.value})")
+        before, at = self._path.read_bytes(), self._offset
+        super().append(entries)
+        self.is_held = True
+        if fault is WriteFault.KEPT:
+            node.happened["errors of the tail after a write"] += 1
+            raise OSError(f"simulated: Input/output error ({fault.value})")
+        if node.tears:
+            self._tear(at, before)
+            raise Crash
+
+    def _tear(self, at: int, before: bytes) -> None:
+        """The record at an offset was not written to its end."""
+        written = self._path.read_bytes()
+        end = max(n for n in range(at, len(written), SECTOR) if written[n : n + SECTOR] != before[n : n + SECTOR])
+        torn = _torn(before[at : end + SECTOR], written[at : end + SECTOR], self._node.chance)
+        self._path.write_bytes(before[:at] + torn + written[end + SECTOR :])
+        self.is_held = torn == written[at : end + SECTOR]
+        self._node.happened[f"deaths {'at the end of' if self.is_held else 'in'} a write to the tail"] += 1
+
+
 class SimulatedStore(Store):
-    """The production store; each write transaction is an occasion for its node to die, or for its disk to fail."""
+    """The production store; each write is an occasion for its node to die, or for its disk to fail."""
 
     def __init__(self, node: SimulatedNode) -> None:
         self._node = node
         super().__init__("database", node.directory, settings=node.settings, new_id=node.new_id)
+
+    def _begin_tail(self, entries: Sequence[Entry]) -> None:
+        """As `Store._begin_tail`, with a tail that may tear."""
+        self._tail = SimulatedTail(self.data_dir, self.is_durable, self._node)
+        self._node.happened["tails taken over by a start"] += bool(entries)
+        is_torn = bool(sectors_of(self.data_dir / records.TAIL_FILE, self._tail_fact.generation))
+        self._node.happened["tails with a torn record alone found by a start"] += is_torn and not entries
+        super()._begin_tail(entries)
 
     def write(self, ballot: Ballot | None = None, chunk: Snapshot | None = None, keys: int | None = None) -> bool:
         """As `Store.write`, if the node lives that long."""
@@ -229,17 +340,55 @@ class SimulatedStore(Store):
         unwritten = self.journal.unwritten()
         node.before_write(len(unwritten.entries))
         changed_from = unwritten.cut_from or len(node.disk.entries) + 1
-        before = self._transactions
+        before, base, in_tail = self._transactions, self.journal.base, list(self._tail.entries)
         try:
             has_installed = super().write(ballot, chunk, keys)
         finally:
             self._look(changed_from)
         assert self._transactions <= before + 1, f"one transaction: {node.name} could die in the middle of a write"
+        node.happened["transactions"] += 1
+        if in_tail:
+            has_moved = self.journal.base != base and not has_installed
+            node.happened["transactions that took a tail"] += 1
+            node.happened["ballots over a tail"] += ballot is not None
+            node.happened["cuts in a tail"] += changed_from <= in_tail[-1].commit_id
+            node.happened["compactions over a tail"] += has_moved
+            node.happened["compactions into a tail"] += has_moved and self.journal.base.id >= in_tail[0].id
+            node.happened["snapshots over a tail"] += has_installed
         if has_installed:
             node.installed += 1
             node.applied = node.disk.entries[: node.disk.commit_id]
         node.after_write()
         return has_installed
+
+    def extend_tail(self) -> bool:
+        """As `Store.extend_tail`, if the node lives that long."""
+        node = self._node
+        count, before = len(self.journal.unwritten().entries), self._transactions
+        changed_from = len(node.disk.entries) + 1
+        try:
+            has_written = super().extend_tail()
+        except BaseException:
+            self._look(changed_from)
+            assert isinstance(self._tail, SimulatedTail), "as it was begun"
+            expected = changed_from - 1 + (count if self._tail.is_held else 0)
+            assert len(node.disk.entries) == expected, (
+                f"a record is whole or not there: {node.name} has {len(node.disk.entries)} entries, not {expected}"
+            )
+            raise
+        assert self._transactions == before, f"the tail takes no transaction: {node.name}"
+        if has_written:
+            self._look(changed_from)
+            node.happened["writes to the tail"] += 1
+            node.happened["writes of several entries to the tail"] += count > 1
+            node.happened["deaths after a write to the tail"] += node.crash_at is CrashPoint.AFTER_WRITE
+            node.after_write()
+        return has_written
+
+    @property
+    def has_tail(self) -> bool:
+        """True when some of the log is in the tail."""
+        return self.entries_in_tail > 0
 
     @property
     def _transactions(self) -> int:
@@ -263,12 +412,12 @@ class SimulatedStore(Store):
         env = self._env._env
         assert env is not None, "the environment is open while it is written"
         with env.begin() as txn:
-            self._node.disk.read(txn, self._env.db, changed_from, self._node.history, self._node.name)
+            self._node.disk.read(txn, self._env.db, self.data_dir, changed_from, self._node.history, self._node.name)
 
     def compare(self) -> None:
         """Read everything on disk and compare it with what it should be."""
         with self._env.read() as txn:
-            self._node.disk.compare(txn, self._env.db, self._node.name)
+            self._node.disk.compare(txn, self._env.db, self.data_dir, self._node.name)
 
     def apply(self, entries: Sequence[Entry]) -> list[Outcome]:
         """As `Store.apply`; the simulation keeps count of what was applied."""
@@ -310,7 +459,14 @@ class SimulatedNode:
         self.reads = Reads()
         self.is_paused = False
         self.crash_at: CrashPoint | None = None
+        self.tears = False
+        """True: it dies in the middle of its next write to the tail."""
+        self.dies_in_start = False
+        """True: it dies while it makes the tail anew, if its next start does."""
         self.write_fault: WriteFault | None = None
+        """Of its next transaction."""
+        self.tail_fault: WriteFault | None = None
+        """Of its next write to the tail."""
         self.slow_disk = 0.0
         """Seconds that each write takes, at the most."""
         self.room = AMPLE
@@ -318,12 +474,14 @@ class SimulatedNode:
         self.starts = 0
         self.installed = 0
         """Snapshots that came in and became its state."""
+        self.happened: Counter[str] = Counter()
+        """What its disk has seen, by kind."""
         self._members = [member for member in members if member != name]
         self._invariants: Invariants | None = None
-        self._chance = world.chance_for(name)
+        self.chance = world.chance_for(name)
         self._turn_delay = turn_delay
-        self._clock_offset = 1000 * self._chance.random()
-        self._wall_offset = 1.8e9 + 10 * self._chance.random()
+        self._clock_offset = 1000 * self.chance.random()
+        self._wall_offset = 1.8e9 + 10 * self.chance.random()
         self._busy_until = 0.0
         self._turn_planned = False
         self._turn_ended = 0.0  # by its own clock
@@ -414,7 +572,7 @@ class SimulatedNode:
         """See that a turn follows soon, unless the node can't take one now."""
         if not self._turn_planned and self.is_up and not self.is_paused:
             self._turn_planned = True
-            self.world.at(self.local_now + self._turn_delay * self._chance.random(), self._planned_turn)
+            self.world.at(self.local_now + self._turn_delay * self.chance.random(), self._planned_turn)
 
     def _planned_turn(self) -> None:
         self._turn_planned = False
@@ -480,7 +638,7 @@ class SimulatedNode:
     # --- the disk ---
 
     def before_write(self, entries: int) -> None:
-        """A write transaction with so many new entries is about to begin."""
+        """A write with so many new entries is about to begin."""
         if entries and self.room < self.settings.reserve_bytes // 2 and self.is_up and self._followed:
             assert self.raft.role is not Role.FOLLOWER, (
                 f"a follower keeps room for its ballot: {self.name} takes {entries} entries with {self.room} bytes left"
@@ -488,10 +646,10 @@ class SimulatedNode:
         if self.crash_at is CrashPoint.BEFORE_WRITE:
             raise Crash
         if self.slow_disk:
-            self._busy_until = self.local_now + self.slow_disk * self._chance.random()
+            self._busy_until = self.local_now + self.slow_disk * self.chance.random()
 
     def after_write(self) -> None:
-        """A write transaction has ended well."""
+        """A write has ended well."""
         disk = self.disk
         if self.world.is_told:
             ballot = f"term {disk.ballot.term}, vote {disk.ballot.voted_for}"
@@ -520,7 +678,8 @@ class SimulatedNode:
         if self._invariants is not None:
             self._invariants.lost(self)
         shutil.rmtree(self.directory)
-        self.new_id = f"{self._chance.getrandbits(64):016x}"
+        self.dies_in_start = False
+        self.new_id = f"{self.chance.getrandbits(64):016x}"
         self._invitation = None
         self.is_guest = self.is_guest or not self._members  # it must not found the cluster again, alone
         self.disk = Mirror(Membership.founding([self.name, *self._members]))
@@ -542,17 +701,24 @@ class SimulatedNode:
         self.world.mark(b"start " + self.name.encode())
         self.world.tell(f"{self.name} starts")
         self.starts += 1
-        self.is_paused, self.crash_at, self.write_fault = False, None, None
+        self.is_paused, self.crash_at, self.tears = False, None, False
+        self.write_fault = self.tail_fault = None
         self._turn_planned, self._timer = False, next(self._timers)
         self._busy_until, self._followed = 0.0, False
-        store = SimulatedStore(self)
+        try:
+            store = SimulatedStore(self)
+        except Crash:
+            self.world.tell(f"{self.name} dies in its start")
+            return
+        finally:
+            self.dies_in_start = False
         if store.cluster_id is None and self._invitation is not None:
             store.adopt(self.name, *self._invitation)
         store.compare()
         self.applied = self.disk.entries[: self.disk.commit_id]
         transport = SimulatedTransport(self, self.fabric)
         transport.peers = self._members
-        chance = random.Random(self._chance.getrandbits(64))
+        chance = random.Random(self.chance.getrandbits(64))
         self._election = Election(
             transport, store, transport.queue, clock=self.clock, wall_clock=self.wall_clock, chance=chance
         )
@@ -570,7 +736,8 @@ class SimulatedNode:
         self.world.tell(f"{self.name} dies")
         self.transport.die()
         self.store.close()
-        self._election, self.crash_at, self.write_fault = None, None, None
+        self._election, self.crash_at, self.tears = None, None, False
+        self.write_fault = self.tail_fault = None
         self.applied = self.disk.entries[: self.disk.commit_id]
 
     def stop(self) -> None:

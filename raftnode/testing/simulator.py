@@ -32,7 +32,7 @@ from raftnode.testing.churn import KINDS as CHURN
 from raftnode.testing.churn import Churn
 from raftnode.testing.clients import SimulatedClient
 from raftnode.testing.fabric import LATEST, Fabric, SimulatedTransport, Weather
-from raftnode.testing.faults import KINDS, Faults
+from raftnode.testing.faults import KINDS, TAIL_KINDS, Faults
 from raftnode.testing.history import History, Kind, Operation
 from raftnode.testing.invariants import Invariants
 from raftnode.testing.linearizability import judge
@@ -82,7 +82,7 @@ class Options(Struct, frozen=True, kw_only=True):
         low = heartbeat * pick([3, 5, 10])
         calm = chance.random() < 0.3
         kinds = {kind: weight for kind, weight in KINDS.items() if chance.random() < 0.6} or dict(KINDS)
-        kinds |= cls._draw_churn(seed)
+        kinds |= cls._draw_tail_faults(seed) | cls._draw_churn(seed)
         return cls(
             seed=seed,
             nodes=pick([1, 2, 3, 3, 3, 3, 4, 5, 5]),
@@ -99,7 +99,7 @@ class Options(Struct, frozen=True, kw_only=True):
             stray=pick([0, 1]),
             operations=pick([100, 300, 1000]),
             client_timeout_ms=low * pick([2, 5, 30]),
-            value_size=pick([1, 20, 2000]),
+            value_size=pick([1, 700, 2000]),
             local_share=pick([0, 0.2]),
             fault_pause=pick([0.3, 1, 3]),
             fault_span=pick([0.3, 1, 3]),
@@ -113,6 +113,7 @@ class Options(Struct, frozen=True, kw_only=True):
         short = random.Random(f"short logs {seed}").choice
         cached = random.Random(f"cache {seed}").choice
         stepped = random.Random(f"flush step {seed}").choice
+        tailed = random.Random(f"tail {seed}").choice
         return Settings(
             heartbeat_ms=heartbeat,
             election_low_ms=low,
@@ -143,10 +144,17 @@ class Options(Struct, frozen=True, kw_only=True):
             snapshot_chunk_bytes=short([1, 100, 256 * KIB]),
             snapshot_bytes_per_s=short([10_000, 32 * MIB]),
             snapshot_tracked_keys=short([1, 3, 200_000]),
+            tail_bytes=tailed([1, 8 * KIB, 16 * KIB]),
+            tail_write_bytes=tailed([1, 300, 16 * KIB, 16 * KIB]),
             map_bytes=256 * MIB,
             reserve_bytes=64 * KIB,
             cache_bytes=cached([1, 10_000, 32 * MIB]),
         )
+
+    @staticmethod
+    def _draw_tail_faults(seed: int) -> dict[str, float]:
+        chance = random.Random(f"tearing {seed}")
+        return {kind: weight for kind, weight in TAIL_KINDS.items() if chance.random() < 0.6}
 
     @staticmethod
     def _draw_churn(seed: int) -> dict[str, float]:
@@ -193,6 +201,8 @@ class Report(Struct, kw_only=True):
     starts: int
     snapshots: int
     """Installed."""
+    happened: Counter[str]
+    """What the disks have seen, by kind."""
 
 
 class Unsafe(AssertionError):
@@ -486,6 +496,7 @@ class Simulation:
             faults=faults.counts,
             starts=sum(node.starts for node in self.nodes.values()),
             snapshots=sum(node.installed for node in self.nodes.values()),
+            happened=sum([node.happened for node in self.nodes.values()], Counter()),
         )
 
 

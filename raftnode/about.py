@@ -81,6 +81,7 @@ def node_line(opened: Directory) -> NodeLine:
             if reader.pid != os.getpid()
         ],
     )
+    damage += [problem for problem in opened.tail_damage if not any(problem in told for told in damage)]
     if damage:
         line.damaged, line.reason = True, "; ".join(dict.fromkeys(damage))
     return line

@@ -20,6 +20,8 @@ DEFAULT_NAMESPACE = "default"
 DEFAULT_TIMEOUT_S = 5
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+TAIL_BYTES_MAX = 16 * MIB
+"""The file for the tail is written as a whole when it is made, and read as a whole by who looks at it."""
 
 
 class Role(enum.StrEnum):
@@ -122,8 +124,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     flush_delay_ms: int = 50
     """... or when nothing has come for so long, or the oldest has waited twenty times that."""
     tail_bytes: int = 256 * KIB
-    """Size of the file for the tail of the log. When it is full, a transaction takes what it holds into LMDB: a larger
-    one gives up to 5 % more puts from a few connections, whose slowest then take longer."""
+    """Size of the file for the tail of the log, at most 16 MiB. When it is full, a transaction takes what it holds into
+    LMDB: a larger one gives up to 5 % more puts from a few connections, whose slowest then take longer."""
     tail_write_bytes: int = 16 * KIB
     """New entries of no more than this size together go to the tail, which is faster for a few, and not for many. 1
     turns it off."""
@@ -158,6 +160,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
         for name in self.__struct_fields__:
             if not 1 <= getattr(self, name) < 1 << 53:
                 raise ConfigError(f"setting {name} is {getattr(self, name)}: it must be at least 1, and below 2**53")
+        if self.tail_bytes > TAIL_BYTES_MAX:
+            raise ConfigError(f"setting tail_bytes is {self.tail_bytes}: it must be at most {TAIL_BYTES_MAX}")
         if not self.heartbeat_ms < self.election_low_ms <= self.election_high_ms:
             raise ConfigError(
                 f"heartbeat {self.heartbeat_ms} ms, election {self.election_low_ms}..{self.election_high_ms} ms: "

@@ -5,7 +5,8 @@
     take      everything in the mailbox, into the consensus
     before    what promises nothing that is not on disk: a leader's entries to its followers, heartbeats; and answers to
               clients whose entries a majority already holds durably
-    write     one transaction: ballot, entries; with them also some effects of what has committed (see `flushing`), and
+    write     one write to the disk: entries, to the tail of the log, when they are few and nothing else is new; or else
+              one transaction: ballot, entries; with them also some effects of what has committed (see `flushing`), and
               commit_id
     after     what promises that something is on disk: votes, acknowledgements; and what this write has committed
     at last   for what nobody waits: a follower applies what has committed; effects that go alone

@@ -63,36 +63,30 @@ class _Reading:
 class _Writing:
     """The write transaction as a context: committed and synced when the block ends without an error."""
 
-    __slots__ = ("_env", "_failed", "_txn")
+    __slots__ = ("_env", "_fail", "_txn")
 
-    def __init__(self, env: lmdb.Environment, failed: Callable[[BaseException], StoreFailed]) -> None:
+    def __init__(self, env: lmdb.Environment, fail: Callable[[BaseException], None]) -> None:
         self._env = env
-        self._failed = failed
+        self._fail = fail
 
     def __enter__(self) -> lmdb.Transaction:
         try:
             self._txn = self._env.begin(write=True)
         except BaseException as error:
-            self._end(error)
+            self._fail(error)
             raise
         return self._txn
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is not None:
             self._txn.abort()
-            self._end(error)
+            self._fail(error)
             return
         try:
             self._txn.commit()
         except BaseException as failure:
-            self._end(failure)
+            self._fail(failure)
             raise
-
-    def _end(self, error: BaseException) -> None:
-        """Close the environment to further use. What the disk has done is raised as such."""
-        failure = self._failed(error)
-        if isinstance(error, lmdb.Error | OSError):
-            raise failure from error
 
 
 class Environment:
@@ -240,14 +234,16 @@ class Environment:
         copy.rename(self._data_file)
         sync_directory(self.path)
 
-    def fail(self, error: BaseException, file: str = records.DATA_FILE) -> StoreFailed:
-        """A write or a sync of a file has failed: nothing is read or written any more. What is on disk is not known,
-        and trying again proves nothing: after a failed fsync the kernel has dropped the pages (TRAPS, LMDB)."""
+    def fail(self, error: BaseException, file: str = records.DATA_FILE) -> None:
+        """Writing to a file has failed: nothing is read or written any more. What is on disk is not known, and trying
+        again proves nothing: after a failed fsync the kernel has dropped the pages (TRAPS, LMDB). Raises StoreFailed
+        for what the disk has done; other errors are for the caller to raise again."""
         self._failure = StoreFailed(
             f"writing to {self.path / file} failed: {error}. Nothing that depends on this write was acknowledged. "
             "Check the disk (free space, kernel log), then start the node again: it continues from its last good write"
         )
-        return self._failure
+        if isinstance(error, lmdb.Error | OSError):
+            raise self._failure from error
 
     def check(self) -> None:
         """Raises StoreFailed after a write that failed, and StoreClosed when it is closed."""

@@ -335,7 +335,7 @@ class Directory:
         """What the tail holds; when nothing can be read of it, a position is lost, at least."""
         lost = f"entry {self._end + 1} and later ones"
         if self._is_tail_lost:
-            text = f"the record 'tail' of the node is damaged: {records.TAIL_FILE} may hold {lost}"
+            text = f"the record 'tail' of the node is damaged or missing: {records.TAIL_FILE} may hold {lost}"
             return tail.Found({self._end + 1: b""}, (text,))
         try:
             found = tail.look(self.path, self._tail_fact, self._end)
@@ -436,7 +436,11 @@ class Directory:
             witnesses=fact(b"witnesses", dict[str, Witness], {}) or {},
             damage=damage,
         )
-        self._tail_fact = fact(b"tail", tail.TailFact) or tail.TailFact()
+        tail_fact = fact(b"tail", tail.TailFact)
+        if tail_fact is None and b"tail" not in lost and facts.cluster and (facts.format or 0) >= tail.SINCE_FORMAT:
+            damage.append("the record 'tail' of the node is missing")
+            lost.add(b"tail")
+        self._tail_fact = tail_fact or tail.TailFact()
         self._is_behind_lost, self._is_tail_lost = b"behind" in lost, b"tail" in lost
         return facts
 

@@ -527,7 +527,7 @@ def info(output: Output, directories: tuple[Path, ...], as_json: bool) -> None:
     for directory in directories:
         try:
             with Directory(directory, Settings().map_bytes) as opened:
-                nodes.append(_node_line(opened))
+                nodes.append(node_line(opened))
         except StoreError as error:
             if len(directories) == 1:
                 raise
@@ -545,17 +545,6 @@ def info(output: Output, directories: tuple[Path, ...], as_json: bool) -> None:
         report_damage(output, directory)
     if status and not output.damage:
         click.get_current_context().exit(status)
-
-
-def _node_line(opened: Directory) -> NodeLine:
-    """What a directory says of its node, and what its tail has lost, wherever in the log that is."""
-    line = node_line(opened)
-    told = line.reason if isinstance(line.reason, str) else ""
-    reasons = [told] if told else []
-    reasons += [reason for reason in opened.tail_damage if reason not in told]
-    if reasons:
-        line.damaged, line.reason = True, "; ".join(reasons)
-    return line
 
 
 def _print_sizes(output: Output, nodes: list[NodeLine], as_json: bool) -> list[Path]:

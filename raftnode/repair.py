@@ -105,8 +105,6 @@ _FACTS: Final[dict[bytes, Any]] = {
 }
 _OF_EVERY_NODE: Final = ("format", "node")
 _OF_A_MEMBER: Final = (*_OF_EVERY_NODE, "cluster", "address", "ballot", "commit_id", "memberships")
-_WITH_TAIL: Final = 4
-"""The format from which on a member says what its tail is."""
 _MISMATCH: Final = "does not match its checksum"
 _LEAST_BYTES: Final = records.ENTRY_HEAD_BYTES
 """An entry takes more in the tail."""
@@ -277,7 +275,7 @@ def _read_facts(env: Environment, txn: lmdb.Transaction) -> Facts | None:
         raise StoreTooNew(f"{env.path} was written in format {found['format']}: repair it with the newer raftnode")
     is_empty = all(txn.stat(env.db(name))["entries"] == 0 for name in (records.LOG, records.COMMITTED))
     needed: tuple[str, ...] = _OF_EVERY_NODE if is_empty and "cluster" not in found else _OF_A_MEMBER
-    if needed is _OF_A_MEMBER and found.get("format", 0) >= _WITH_TAIL:
+    if needed is _OF_A_MEMBER and found.get("format", 0) >= tail.SINCE_FORMAT:
         needed = (*needed, "tail")
     problems += [f"the record {name!r} of the node is missing" for name in needed if name not in found and not problems]
     if not problems and env.held_node not in ("", found["node"]):

@@ -186,14 +186,19 @@ class Store:
         self.commit_id_on_disk = self.commit_id  # what is above was applied in memory
         self.behind: Behind | None = self._fact(txn, b"behind", Behind | None)
         self._memberships: list[Membership] = self._fact(txn, b"memberships", list[Membership]) or []
-        tail_fact: tail.TailFact | None = self._fact(txn, b"tail", tail.TailFact)
-        if tail_fact is None and self.cluster_id is not None and self._on_disk[b"format"] == records.FORMAT:
-            raise StoreDamaged(f"{self.data_dir} does not say whether it has a tail. {RESTORE}")
-        self._tail_fact = tail_fact or tail.TailFact()
+        self._tail_fact = self._load_tail_fact(txn)
         self.incoming: Incoming | None = self._fact(txn, b"incoming", Incoming)
         self.states = States(self._env, self.settings, self._current_state(txn))
         self.has_leftover = self._find_leftover(txn)
         self.witnesses: dict[str, Witness] = self._fact(txn, b"witnesses", dict[str, Witness]) or {}
+
+    def _load_tail_fact(self, txn: lmdb.Transaction) -> tail.TailFact:
+        """What LMDB says of the tail: nothing before the node is a member, or if it was one in an older format."""
+        found: tail.TailFact | None = self._fact(txn, b"tail", tail.TailFact)
+        is_due = self.cluster_id is not None and self._fact(txn, b"format", int) >= tail.SINCE_FORMAT
+        if found is None and is_due:
+            raise StoreDamaged(f"{self.data_dir} does not say whether it has a tail. {RESTORE}")
+        return found or tail.TailFact()
 
     def _current_state(self, txn: lmdb.Transaction) -> bytes:
         stored = txn.get(records.STATE_FACT, db=self._meta)
@@ -267,7 +272,7 @@ class Store:
             else:
                 self._tail.make(self.settings.tail_bytes, fact.generation + 1)
         except OSError as error:
-            raise self._env.fail(error, records.TAIL_FILE) from error
+            self._env.fail(error, records.TAIL_FILE)
 
     def _check_term(self, last: Mark) -> None:
         commit_id, term = last.id.commit_id, last.id.term
@@ -556,9 +561,7 @@ class Store:
         try:
             self._tail.append(entries)
         except BaseException as error:
-            failure = self._env.fail(error, records.TAIL_FILE)
-            if isinstance(error, OSError):
-                raise failure from error
+            self._env.fail(error, records.TAIL_FILE)
             raise
         self.syncs += 1
         self.journal.mark_written()

@@ -36,6 +36,8 @@ from raftnode import records
 from raftnode.environment import sync_directory
 from raftnode.messages import Entry
 
+SINCE_FORMAT: Final = 4
+"""From this format of the directory on a member has the fact `tail`."""
 SECTOR: Final = 512
 """What a disk writes as a whole, whenever its power goes."""
 BLOCK: Final = 4096
@@ -142,7 +144,7 @@ class _Held(enum.Enum):
     """What stands at an offset, if it is no whole record."""
 
     NOTHING = enum.auto()
-    TORN = enum.auto()
+    """... that counts: it was never written, or not to its end."""
     DAMAGED = enum.auto()
     NEWER = enum.auto()
 
@@ -202,7 +204,7 @@ def _held(content: bytes, offset: int, generation: int) -> bytes | _Held:
         if sector is None:
             is_damaged = True
         elif sector[:2] != (generation, index):
-            return _Held.TORN
+            return _Held.NOTHING
         else:
             pieces.append(sector[2])
     return _Held.DAMAGED if is_damaged else b"".join(pieces)[:length]

@@ -8,7 +8,14 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from raftnode.config import DEFAULT_ADDRESS, Settings, canonical_address, from_environment, parse_address
+from raftnode.config import (
+    DEFAULT_ADDRESS,
+    TAIL_BYTES_MAX,
+    Settings,
+    canonical_address,
+    from_environment,
+    parse_address,
+)
 from raftnode.errors import ConfigError, RaftnodeError
 
 fixed = settings(derandomize=True, database=None, deadline=None, max_examples=300)
@@ -37,6 +44,13 @@ def test_every_setting_is_at_least_one(name: str, value: int) -> None:
     """None of the limits and times makes sense at nothing or less; the error names the setting and the value."""
     with pytest.raises(ConfigError, match=rf"{name} is {value}\b"):
         Settings(**{name: value})
+
+
+def test_the_tail_has_a_limit() -> None:
+    """It is written at once when it is made, and a record of it has at most 65,536 sectors."""
+    assert Settings(tail_bytes=TAIL_BYTES_MAX).tail_bytes == TAIL_BYTES_MAX
+    with pytest.raises(ConfigError, match=f"tail_bytes is {TAIL_BYTES_MAX + 1}: it must be at most {TAIL_BYTES_MAX}"):
+        Settings(tail_bytes=TAIL_BYTES_MAX + 1)
 
 
 @pytest.mark.parametrize(

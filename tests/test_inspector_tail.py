@@ -26,6 +26,7 @@ from test_processes import numbered, seeded
 
 from raftnode import records, tail
 from raftnode.config import GIB, Settings
+from raftnode.errors import StoreDamaged
 from raftnode.inspection import Directory, LogReading
 from raftnode.messages import Entry, PutCommand, encode_command
 from raftnode.store import Store
@@ -293,12 +294,25 @@ def test_a_damaged_fact(crashed: Path) -> None:
     """LMDB's record of the tail is damaged, so nothing can be told of the file: both are said, the record as one of the
     node's, and the next position as one that may be lost."""
     flip(crashed, records.META, b"tail", -1)
-    words = "the record 'tail' of the node is damaged: raftnode.tail may hold entry 21 and later ones"
+    words = "the record 'tail' of the node is damaged or missing: raftnode.tail may hold entry 21 and later ones"
     check_told(crashed, words, [IN_LMDB + 1], frozenset(range(IN_LMDB + 2, LAST + 1)))
     facts = [
         line["reason"] for line in lines(inspect("verify", crashed, "--json").stdout) if line.get("check") == "facts"
     ]
     assert facts == ["the record 'tail' of the node does not match its checksum"]
+
+
+def test_a_missing_fact(crashed: Path) -> None:
+    """The record is gone: the same, as a node does not start on such a directory."""
+    change(crashed, records.META, lambda txn, db: txn.delete(b"tail", db=db))
+    words = "the record 'tail' of the node is damaged or missing: raftnode.tail may hold entry 21 and later ones"
+    check_told(crashed, words, [IN_LMDB + 1], frozenset(range(IN_LMDB + 2, LAST + 1)))
+    facts = [
+        line["reason"] for line in lines(inspect("verify", crashed, "--json").stdout) if line.get("check") == "facts"
+    ]
+    assert facts == ["the record 'tail' of the node is missing"]
+    with pytest.raises(StoreDamaged, match="does not say whether it has a tail"):
+        Store("database", crashed)
 
 
 def test_a_torn_record_is_no_damage(crashed: Path) -> None:

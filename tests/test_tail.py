@@ -20,7 +20,7 @@ import pytest
 from msgspec import Raw
 
 from raftnode import records, tail
-from raftnode.config import GIB, KIB, Settings
+from raftnode.config import GIB, KIB, TAIL_BYTES_MAX, Settings
 from raftnode.consensus.journal import Journal
 from raftnode.errors import StoreDamaged, StoreFailed
 from raftnode.messages import GENESIS, Entry, EntryId, PutCommand, chain, encode_command
@@ -223,6 +223,17 @@ def test_room_is_known_before(made: Tail, tmp_path: Path, seed: int) -> None:
         found = tail.look(tmp_path, made.fact, made.entries[0].commit_id - 1)
         assert list(found.records) == [entry.commit_id for entry in made.entries]
         assert found.damage == ()
+
+
+def test_the_largest_record_is_read(tmp_path: Path) -> None:
+    """One that fills the largest file that the settings allow."""
+    one = Tail(tmp_path, is_durable=False)
+    one.make(TAIL_BYTES_MAX, generation=1)
+    [entry] = some_entries(1, (TAIL_BYTES_MAX * 97 // 100,))
+    assert one.has_room(len(records.pack_entry(entry)), 1)
+    one.append([entry])
+    one.close()
+    assert tail.look(tmp_path, one.fact, 0).records == {1: records.pack_entry(entry)}
 
 
 @pytest.mark.parametrize("change", ["gone", "empty", "cut off", "longer"])

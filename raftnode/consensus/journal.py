@@ -7,7 +7,7 @@
             ^
             committed: never cut, and at most `written` on a leader that counts itself
 
-Entries up to `written` are on disk; those above are in memory only and go there with the next transaction. The newest
+Entries up to `written` are on disk; those above are in memory only and go there with the next write. The newest
 entries are also kept in memory; older ones come from the `LogReader`, which is the store.
 """
 
@@ -228,7 +228,7 @@ class Journal:
         return max(position, at_least)
 
     def unwritten(self) -> Unwritten:
-        """What the next transaction has to do so that the disk has this log."""
+        """What the next write has to do so that the disk has this log."""
         last = self.last.id.commit_id
         return Unwritten(self._cut_from, [self._kept[n] for n in range(self.written + 1, last + 1)])
 
@@ -263,7 +263,7 @@ class Journal:
         return [m for m in self.memberships if m.commit_id <= commit_id or m is self.memberships[0]][-1]
 
     def mark_written(self) -> None:
-        """That transaction is on disk."""
+        """That is on disk."""
         self.written = self.last.id.commit_id
         self._cut_from = None
 

@@ -63,8 +63,8 @@ class Ready(Struct):
     1. apply `committed`, which a majority holds durably, and answer `reads`; a follower, for which nobody waits, may do
        so after step 4, if there is no `chunk`;
     2. unless `ballot` is set: send `requests` and `answers`, which promise nothing that is not on disk;
-    3. one transaction, if `Raft.wants_write` or there is a `ballot` or a `chunk`: those, and the cut and the entries of
-       the journal;
+    3. one write to the disk, if `Raft.wants_write` or there is a `ballot` or a `chunk`: those, and the cut and the
+       entries of the journal;
     4. send what step 2 held back, then `promises`: they say that something is on disk.
     """
 
@@ -988,7 +988,7 @@ class Raft:
     def wants_write(self) -> bool:
         """Some of the log is not on disk, and should be after this turn. A leader writes its own copies while others
         write theirs (thesis 10.2.1), so not before it has sent them to one: what still waits for the window of every
-        member can't be on a majority of disks any sooner for it, and more goes into one transaction."""
+        member can't be on a majority of disks any sooner for it, and more goes into one write."""
         journal = self.journal
         if not journal.has_unwritten:
             return False
